@@ -1,0 +1,71 @@
+"""Configuration of the causal language model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from s2moe.moe.config import MoEConfig, StochasticOptions, build, resolve_moe
+from s2moe.moe.options import option
+
+
+@strict
+class S2MoEConfig(PreTrainedConfig):
+    """A pre-norm decoder with SMoE layers. ``moe`` holds the resolved options of ``s2moe.moe.config``.
+
+    Raises:
+        ValueError: on impossible sizes or unknown options, naming the key.
+    """
+
+    model_type = "s2moe"
+    keys_to_ignore_at_inference = ["past_key_values", "routing"]
+
+    vocab_size: int = option(256, "symbols of the vocabulary; set by the corpus in pre-training")
+    hidden_size: int = option(256, "width of the model")
+    num_hidden_layers: int = option(4, "Transformer blocks")
+    num_attention_heads: int = option(8, "query heads")
+    num_key_value_heads: int | None = option(
+        None, "key/value heads of grouped-query attention; null: as query heads"
+    )
+    head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads")
+    intermediate_size: int = option(1024, "hidden width of the dense layers' MLP")
+    max_position_embeddings: int = option(2048, "longest sequence")
+    rms_norm_eps: float = option(1e-6, "epsilon of RMSNorm")
+    rope_parameters: dict | None = option(None, "rotary embedding; null: theta 10000 without scaling")
+    attention_dropout: float = option(0.0, "dropout of attention probabilities")
+    hidden_dropout: float = option(0.0, "dropout of each residual branch")
+    tie_word_embeddings: bool = option(False, "share input and output embedding")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+    use_cache: bool = option(True, "keep keys and values in generation")
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    moe: dict | None = option(None, "the SMoE layers, see below")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: set head_dim, or change one of them"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
+        self.moe = asdict(resolve_moe(self.moe))
+        super().__post_init__(**kwargs)
+
+    def moe_config(self) -> MoEConfig:
+        """The typed options of the SMoE layers."""
+        stochastic = build(StochasticOptions, self.moe["stochastic"], "stochastic")
+        return build(MoEConfig, {**self.moe, "stochastic": stochastic}, "moe")

@@ -1,0 +1,321 @@
+"""The causal language model: a transformers PreTrainedModel with SMoE layers.
+
+Legend: B batch, S sequence, T = B S tokens, D model, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from s2moe.models.attention import S2MoEAttention, S2MoERotaryEmbedding
+from s2moe.models.configuration import S2MoEConfig
+from s2moe.moe.experts import Experts
+from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer
+from s2moe.moe.routers import LinearScores, Router
+from s2moe.moe.routing import LayerStatistics, RoutingContext
+from s2moe.parallel import ExpertParallel
+from s2moe.parallel.expert_parallel import all_reduce_sum
+
+
+class S2MoERMSNorm(nn.Module):
+    """x / rms(x) · weight, in float32 inside."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class S2MoEDecoderLayer(GradientCheckpointingLayer):
+    """Attention and an SMoE (or dense) MLP, each on a normalised input and added to the residual stream."""
+
+    def __init__(self, config: S2MoEConfig, layer_idx: int, parallel: ExpertParallel | None) -> None:
+        super().__init__()
+        moe = config.moe_config()
+        self.is_sparse = moe.is_sparse(layer_idx)
+        self.attention_norm = S2MoERMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = S2MoEAttention(config, layer_idx)
+        self.mlp_norm = S2MoERMSNorm(config.hidden_size, config.rms_norm_eps)
+        if self.is_sparse:
+            self.moe: SMoELayer = build_layer(moe, config.hidden_size, layer_idx, parallel)
+        else:
+            self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, moe.expert_form, moe.activation)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        context: RoutingContext | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, LayerStatistics | None]:
+        attended, probability = self.attention(
+            self.attention_norm(hidden_BSD), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        hidden_BSD = hidden_BSD + self.dropout(attended)
+        normed_BSD = self.mlp_norm(hidden_BSD)
+        statistics = None
+        if self.is_sparse:
+            mixed, statistics = self.moe(normed_BSD, context)
+        else:
+            mixed = self.mlp(normed_BSD)
+        return hidden_BSD + self.dropout(mixed), probability, statistics
+
+
+class S2MoEPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what transformers needs to know of the architecture."""
+
+    config: S2MoEConfig
+    config_class = S2MoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["S2MoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Experts, LinearScores, Router)):
+            module.reset_parameters(self.config.initializer_range)
+
+
+@dataclass
+class S2MoEModelOutput(BaseModelOutputWithPast):
+    """``routing``: what each SMoE layer reports, in order of layers."""
+
+    routing: tuple[LayerStatistics, ...] | None = None
+
+
+@dataclass
+class S2MoECausalLMOutput(CausalLMOutputWithPast):
+    """``loss`` = ``task_loss`` (mean cross-entropy, nats) + ``aux_loss`` (mean over SMoE layers)."""
+
+    task_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    routing: tuple[LayerStatistics, ...] | None = None
+
+
+class S2MoEModel(S2MoEPreTrainedModel):
+    """Embedding, blocks, final norm.
+
+    Args:
+        parallel: where the experts live; None for a single process.
+    """
+
+    def __init__(self, config: S2MoEConfig, parallel: ExpertParallel | None = None) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            S2MoEDecoderLayer(config, index, parallel) for index in range(config.num_hidden_layers)
+        )
+        self.norm = S2MoERMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = S2MoERotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
+        self._forwards = 0
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        context: RoutingContext | None = None,
+        experts_per_token: int | None = None,
+        **kwargs: Any,
+    ) -> S2MoEModelOutput:
+        """Hidden states [B, S, D] after the final norm.
+
+        Args:
+            context: keys the layers' randomness in training. Without one, each training forward of
+                this process counts as a step of its own.
+            experts_per_token: k' of a slimmed evaluation; None keeps the trained k.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[
+                None
+            ]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        context = self._context(context, experts_per_token, attention_mask, inputs_embeds)
+
+        hidden_BSD = self.dropout(inputs_embeds)
+        position_embeddings = self.rotary_emb(hidden_BSD, position_ids)
+        every_hidden, every_probability, routing = [hidden_BSD], [], []
+        for layer in self.layers:
+            hidden_BSD, probability, statistics = layer(
+                hidden_BSD,
+                position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                context=context,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            every_hidden.append(hidden_BSD)
+            every_probability.append(probability)
+            if statistics is not None:
+                routing.append(statistics)
+        hidden_BSD = self.norm(hidden_BSD)
+        every_hidden[-1] = hidden_BSD
+        wants = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return S2MoEModelOutput(
+            last_hidden_state=hidden_BSD,
+            past_key_values=past_key_values,
+            hidden_states=tuple(every_hidden) if wants else None,
+            attentions=tuple(every_probability) if output_attentions else None,
+            routing=tuple(routing),
+        )
+
+    def _context(
+        self,
+        context: RoutingContext | None,
+        experts_per_token: int | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor,
+    ) -> RoutingContext:
+        if context is None:
+            context = RoutingContext(step=self._forwards)
+            self._forwards += self.training
+        # A mask of another shape covers cached positions too, or is already a matrix: no padding to leave out.
+        if attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
+            context = replace(context, mask_T=attention_mask.reshape(-1).bool())
+        if experts_per_token is not None:
+            context = replace(context, experts_per_token=experts_per_token)
+        return context
+
+
+class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
+    """The language model. ``parallel`` as in S2MoEModel."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: S2MoEConfig, parallel: ExpertParallel | None = None) -> None:
+        super().__init__(config)
+        self.model = S2MoEModel(config, parallel)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        context: RoutingContext | None = None,
+        experts_per_token: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> S2MoECausalLMOutput:
+        """Logits [B, S, V] and, given labels, the loss in nats.
+
+        Args:
+            labels: token ids [B, S], shifted here so that position s predicts label s + 1.
+            shift_labels: ids [B, S] already aligned: position s predicts entry s. -100 is ignored.
+            num_items_in_batch: divisor of the summed cross-entropy, where a trainer accumulates
+                gradients over batches; None takes the mean.
+            logits_to_keep: only the last so many positions' logits (0: all), or those at an index tensor.
+            context, experts_per_token: see S2MoEModel.forward.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            context=context,
+            experts_per_token=experts_per_token,
+            **kwargs,
+        )
+        kept = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else slice(None)
+        )
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
+        logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = task_loss = aux_loss = None
+        if outputs.routing:
+            aux_loss = torch.stack([layer.loss for layer in outputs.routing]).mean()
+        if labels is not None or shift_labels is not None:
+            task_loss = self.loss_function(
+                logits=logits_BSV,
+                labels=labels,
+                shift_labels=shift_labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            loss = task_loss if aux_loss is None else task_loss + aux_loss
+        return S2MoECausalLMOutput(
+            loss=loss,
+            logits=logits_BSV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            task_loss=task_loss,
+            aux_loss=aux_loss,
+            routing=outputs.routing,
+        )
+
+    @torch.no_grad()
+    def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
+        """After an optimizer step: tell each router the step's load, summed over micro-batches and ranks.
+
+        Args:
+            routing: the ``routing`` of each micro-batch's output since the last step.
+        """
+        layers = {layer.moe.layer: layer.moe for layer in self.model.layers if layer.is_sparse}
+        for per_microbatch in zip(*routing, strict=True):
+            moe = layers[per_microbatch[0].layer]
+            if type(moe.router).after_step is Router.after_step:
+                continue
+            counts_E = torch.stack([statistics.counts_E for statistics in per_microbatch]).sum(0).float()
+            moe.router.after_step(all_reduce_sum(counts_E, moe.parallel.data_group))

@@ -1,0 +1,85 @@
+"""Parameters, FLOPs and memory of a model, counted from its configuration without building it.
+
+One multiply-accumulate is two FLOPs. Training costs three times the forward pass (each product has
+two gradients). Counted are the matrix products: projections, attention, experts, routers, output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s2moe.models.configuration import S2MoEConfig
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Parameter counts by kind, and the multiply-accumulates of one token."""
+
+    embedding: int  # input and (untied) output embedding
+    attention: int
+    dense: int  # MLPs of dense layers, shared experts
+    experts: int  # routed experts, all of them
+    router: int  # routers, and S2MoE's gates
+    norm: int
+    active_experts: int  # routed experts that one token meets in inference
+    macs_per_token: int  # one clean forward pass, without attention's score and value products
+    training_macs_per_token: int  # with S2MoE's noisy pass
+    attention_macs_per_position: int  # score and value products of one token with one earlier position
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.attention + self.dense + self.experts + self.router + self.norm
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in one token's inference."""
+        return self.total - self.experts + self.active_experts
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of one token's training step (forward and backward) at this sequence length.
+
+        Attention sees half the sequence on average. Recomputed activations are not counted.
+        """
+        attention = self.attention_macs_per_position * sequence_length // 2
+        return 6 * (self.training_macs_per_token + attention)
+
+    def inference_macs_per_token(self, context_length: int) -> int:
+        """Multiply-accumulates of one token's forward pass with so many positions of context."""
+        return self.macs_per_token + self.attention_macs_per_position * context_length
+
+
+def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> ModelSizes:
+    """Count ``config``'s model; ``experts_per_token`` is the k' of a slimmed inference."""
+    moe = config.moe_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    sparse = sum(moe.is_sparse(layer) for layer in range(layers))
+    choices = experts_per_token or moe.experts_per_token
+    matrices = 3 if moe.expert_form == "gated" else 2
+    bias = 0 if moe.expert_form == "gated" else 1
+
+    heads_width = config.num_attention_heads * config.head_dim
+    attention = layers * width * 2 * (heads_width + config.num_key_value_heads * config.head_dim)
+    dense_mlp = (layers - sparse) * (matrices * width + bias) * config.intermediate_size
+    shared = sparse * moe.shared_experts * (matrices * width + bias) * moe.expert_hidden
+    expert = (matrices * width + bias) * moe.expert_hidden
+    router_rows = moe.num_experts * (2 if moe.router.get("noise") == "shazeer" else 1)
+    gate = (width + 1) if moe.stochastic.enabled else 0
+    head = config.vocab_size * width
+
+    expert_macs = sparse * choices * matrices * width * moe.expert_hidden
+    router_macs = sparse * router_rows * width
+    macs = attention + dense_mlp + shared + expert_macs + router_macs + head
+    noisy_macs = expert_macs + router_macs if moe.stochastic.enabled else 0
+    return ModelSizes(
+        embedding=head * (1 if config.tie_word_embeddings else 2),
+        attention=attention,
+        dense=dense_mlp + shared,
+        experts=sparse * moe.num_experts * expert,
+        router=sparse * (router_rows * width + gate),
+        norm=(2 * layers + 1) * width,
+        active_experts=sparse * choices * expert,
+        macs_per_token=macs,
+        training_macs_per_token=macs + noisy_macs,
+        attention_macs_per_position=layers * 2 * heads_width,
+    )

@@ -1,0 +1,38 @@
+"""Which assignments an expert of limited capacity keeps.
+
+Legend: T tokens, E experts, K choices per token, N = T K assignments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from s2moe.moe.rows import count
+
+
+@torch.no_grad()
+def keep_within_capacity(
+    expert_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: int, policy: str
+) -> Tensor:
+    """True for the at most ``capacity`` assignments that each expert keeps, bool [T, K].
+
+    Args:
+        policy: "position" ranks all first choices before all second choices, and earlier tokens
+            before later ones within a choice (GShard, algorithm 1); "probability" ranks by weight,
+            highest first, ties by position.
+    """
+    tokens, choices = expert_TK.shape
+    expert_N = expert_TK.T.reshape(-1)  # choice by choice, token by token
+    if policy == "probability":
+        order_N = weight_TK.T.reshape(-1).argsort(descending=True, stable=True)
+    else:
+        order_N = torch.arange(tokens * choices, device=expert_N.device)
+    # A stable sort by expert lists each expert's assignments in priority order.
+    order_N = order_N[expert_N[order_N].argsort(stable=True)]
+    count_E = count(expert_N, num_experts)
+    start_E = count_E.cumsum(0) - count_E
+    place_N = torch.arange(tokens * choices, device=expert_N.device) - start_E[expert_N[order_N]]
+    keep_N = torch.empty_like(expert_N, dtype=torch.bool)
+    keep_N[order_N] = place_N < capacity
+    return keep_N.reshape(choices, tokens).T

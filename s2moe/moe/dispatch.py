@@ -1,0 +1,55 @@
+"""From a routing to expert outputs: within one process, or across the ranks that share the experts.
+
+Legend: T tokens, D model, N assignments, R rows received, E experts, L experts of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
+
+from s2moe.moe.experts import Experts
+from s2moe.moe.routing import Routing
+from s2moe.moe.rows import combine_rows, gather_rows, place
+from s2moe.parallel import ExpertParallel
+
+
+def dispatch(hidden_TD: Tensor, routing: Routing, experts: Experts, parallel: ExpertParallel) -> Tensor:
+    """Σ over each token's assignments of weight · expert(hidden), [T, D]."""
+    placement = place(routing.token_N, routing.expert_N, routing.num_tokens, routing.choices)
+    weight_N = routing.weight_N[placement.order_N]
+    rows_ND = gather_rows(hidden_TD, placement)
+    if parallel.size == 1:
+        return combine_rows(experts(rows_ND, routing.counts_E, weight_N), placement)
+    out_ND = _exchange(rows_ND, routing.counts_E, experts, parallel)
+    return combine_rows(out_ND, placement, weight_N)
+
+
+def _exchange(rows_ND: Tensor, counts_E: Tensor, experts: Experts, parallel: ExpertParallel) -> Tensor:
+    """Send rows to the ranks of their experts, compute, and send the results back to the same places.
+
+    Every rank of the group calls this the same number of times, also with no rows at all.
+    """
+    counts_PL = counts_E.view(parallel.size, -1)  # what goes to each rank's experts
+    received_PL = torch.empty_like(counts_PL)
+    dist.all_to_all_single(received_PL, counts_PL.contiguous(), group=parallel.group)
+    # The collective needs its split sizes on the host: one copy, for both directions.
+    send, receive = torch.stack((counts_PL.sum(1), received_PL.sum(1))).tolist()
+
+    rows_RD = _all_to_all(rows_ND, send, receive, parallel)
+    # Rows arrive rank by rank, within a rank sorted by expert; they are needed expert by expert.
+    numbers = torch.arange(received_PL.numel(), device=rows_RD.device)
+    expert_R = (numbers % received_PL.shape[1]).repeat_interleave(
+        received_PL.view(-1), output_size=sum(receive)
+    )
+    row_R = torch.arange(sum(receive), device=rows_RD.device)
+    placement = place(row_R, expert_R, num_tokens=len(row_R), choices=1)
+    out_RD = experts(gather_rows(rows_RD, placement), received_PL.sum(0))
+    return _all_to_all(combine_rows(out_RD, placement), receive, send, parallel)
+
+
+def _all_to_all(rows: Tensor, send: list[int], receive: list[int], parallel: ExpertParallel) -> Tensor:
+    output = rows.new_empty(sum(receive), rows.shape[1])
+    return all_to_all_single(output, rows.contiguous(), receive, send, group=parallel.group)

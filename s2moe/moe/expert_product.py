@@ -1,0 +1,166 @@
+"""The one seam through which rows meet expert weights: two implementations of the same product.
+
+Legend: N rows sorted by expert, E experts, D model, F hidden.
+
+``loop`` is a plain product per expert over its slice of rows, with the backward written out so that
+nothing is stored but rows and pre-activations; it takes every dtype. ``grouped`` is
+``torch.nn.functional.grouped_mm``, one kernel for all experts, on half precision and float32.
+
+The loop over experts serves the CPU: there a grouped product is the same loop inside, and its backward
+takes several times longer (benchmarks/moe_layer.py measures both). A GPU gets ``grouped``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+
+ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
+ACTIVATION_GRADIENTS = {
+    "silu": aten.silu_backward,
+    "gelu": aten.gelu_backward,
+    "relu": lambda grad, value: aten.threshold_backward(grad, value, 0),
+}
+
+
+def expert_product(
+    rows_ND: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor | None,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3: Tensor,
+    form: str,
+    activation: str,
+    backend: str = "auto",
+) -> Tensor:
+    """Each row through its own expert's MLP, times the row's weight, [N, D].
+
+    gated: W2 (weight · act(W1 x) ⊙ W3 x);  mlp: W2 (weight · act(W1 x + w3)).
+    The weight multiplies the hidden activation: the same by linearity, and no [N, D] tensor has to be
+    kept for its gradient.
+
+    Args:
+        counts_E: rows of each expert, in order; they sum to N.
+        w3: [E, F, D] in the gated form, the hidden bias [E, 1, F] in the mlp form.
+        backend: "loop", "grouped", or "auto": grouped on a GPU, else loop.
+    """
+    if backend == "auto":
+        backend = "grouped" if rows_ND.is_cuda and rows_ND.dtype != torch.float64 else "loop"
+    if backend == "grouped":
+        return _grouped(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
+    counts = counts_E.tolist()
+    return _Loop.apply(rows_ND, counts, weight_N, w1_EFD, w2_EDF, w3, form == "gated", activation)
+
+
+def _grouped(
+    rows_ND: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor | None,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3: Tensor,
+    form: str,
+    activation: str,
+) -> Tensor:
+    ends_E = counts_E.cumsum(0).to(torch.int32)
+    act = ACTIVATION_FUNCTIONS[activation]
+    up_NF = F.grouped_mm(rows_ND, w1_EFD.transpose(1, 2), offs=ends_E)
+    if form == "gated":
+        hidden_NF = act(up_NF) * F.grouped_mm(rows_ND, w3.transpose(1, 2), offs=ends_E)
+    else:
+        expert_N = torch.searchsorted(ends_E, torch.arange(len(rows_ND), device=ends_E.device), right=True)
+        hidden_NF = act(up_NF + w3[:, 0].index_select(0, expert_N))
+    if weight_N is not None:
+        hidden_NF = hidden_NF * weight_N.to(hidden_NF.dtype)[:, None]
+    return F.grouped_mm(hidden_NF, w2_EDF.transpose(1, 2), offs=ends_E)
+
+
+def _slices(counts: list[int]) -> list[tuple[int, slice]]:
+    """(expert, its slice of rows) for every expert that has any."""
+    pairs, start = [], 0
+    for expert, rows in enumerate(counts):
+        if rows:
+            pairs.append((expert, slice(start, start + rows)))
+        start += rows
+    return pairs
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_ND: Tensor,
+        counts: list[int],
+        weight_N: Tensor | None,
+        w1_EFD: Tensor,
+        w2_EDF: Tensor,
+        w3: Tensor,
+        gated: bool,
+        activation: str,
+    ) -> Tensor:
+        act = ACTIVATION_FUNCTIONS[activation]
+        out_ND = rows_ND.new_empty(rows_ND.shape[0], w2_EDF.shape[1])
+        first_NF = rows_ND.new_empty(rows_ND.shape[0], w1_EFD.shape[1])
+        second_NF = torch.empty_like(first_NF) if gated else None
+        for expert, own in _slices(counts):
+            first = first_NF[own]
+            if second_NF is not None:
+                torch.mm(rows_ND[own], w1_EFD[expert].T, out=first)
+                second = second_NF[own]
+                torch.mm(rows_ND[own], w3[expert].T, out=second)
+                hidden = act(first).mul_(second)
+            else:
+                torch.addmm(w3[expert], rows_ND[own], w1_EFD[expert].T, out=first)
+                hidden = act(first)
+            if weight_N is not None:
+                hidden.mul_(weight_N[own, None])
+            torch.mm(hidden, w2_EDF[expert].T, out=out_ND[own])
+        ctx.counts, ctx.gated, ctx.activation = counts, gated, activation
+        ctx.save_for_backward(rows_ND, weight_N, first_NF, second_NF, w1_EFD, w2_EDF, w3)
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        rows_ND, weight_N, first_NF, second_NF, w1_EFD, w2_EDF, w3 = ctx.saved_tensors
+        act, act_backward = ACTIVATION_FUNCTIONS[ctx.activation], ACTIVATION_GRADIENTS[ctx.activation]
+        grad_rows_ND = torch.empty_like(rows_ND) if ctx.needs_input_grad[0] else None
+        grad_weight_N = torch.empty_like(weight_N) if weight_N is not None else None
+        # Experts without rows keep a zero gradient: the optimizer's groups must stay complete.
+        complete = all(ctx.counts)
+        grad_w1, grad_w2, grad_w3 = (
+            torch.empty_like(w) if complete else torch.zeros_like(w) for w in (w1_EFD, w2_EDF, w3)
+        )
+        for expert, own in _slices(ctx.counts):
+            rows, grad, first = rows_ND[own], grad_ND[own], first_NF[own]
+            activated = act(first)
+            hidden = activated * second_NF[own] if ctx.gated else activated
+            grad_hidden = grad @ w2_EDF[expert]
+            if weight_N is not None:
+                grad_weight_N[own] = torch.linalg.vecdot(grad_hidden, hidden).to(weight_N.dtype)
+                weight = weight_N[own, None]
+                # `hidden` may be `activated` itself, which the mlp form does not need again.
+                hidden = hidden.mul_(weight)
+                grad_hidden.mul_(weight)
+            torch.mm(grad.T, hidden, out=grad_w2[expert])
+            if ctx.gated:
+                grad_first = act_backward(grad_hidden * second_NF[own], first)
+                grad_second = grad_hidden.mul_(activated)
+                torch.mm(grad_second.T, rows, out=grad_w3[expert])
+            else:
+                grad_first = act_backward(grad_hidden, first)
+                torch.sum(grad_first, 0, keepdim=True, out=grad_w3[expert])
+            torch.mm(grad_first.T, rows, out=grad_w1[expert])
+            if grad_rows_ND is not None:
+                torch.mm(grad_first, w1_EFD[expert], out=grad_rows_ND[own])
+                if ctx.gated:
+                    grad_rows_ND[own].addmm_(grad_second, w3[expert])
+        return grad_rows_ND, None, grad_weight_N, grad_w1, grad_w2, grad_w3, None, None

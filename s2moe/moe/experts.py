@@ -1,0 +1,80 @@
+"""The experts of one layer that live on this rank.
+
+Legend: E experts of the layer, L those on this rank, D model, F hidden, N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from s2moe.moe.expert_product import expert_product
+
+FORMS = ("gated", "mlp")
+
+
+class Experts(nn.Module):
+    """Two- or three-matrix MLPs, held as three stacked parameters: the shape DeepSpeed knows experts by.
+
+    gated: W2 (act(W1 x) ⊙ W3 x), with w1, w3 [L, F, D], w2 [L, D, F] (SwiGLU and its kin).
+    mlp: W2 act(W1 x + b), where w3 [L, 1, F] holds the hidden bias b (the form of the papers' sizes).
+    """
+
+    def __init__(
+        self,
+        local_experts: range,
+        hidden_size: int,
+        expert_hidden: int,
+        form: str,
+        activation: str,
+        layer: int,
+    ) -> None:
+        super().__init__()
+        self.local_experts = local_experts
+        self.form = form
+        self.activation = activation
+        self.layer = layer
+        count = len(local_experts)
+        self.w1 = nn.Parameter(torch.empty(count, expert_hidden, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(count, hidden_size, expert_hidden))
+        w3_rows = (expert_hidden, hidden_size) if form == "gated" else (1, expert_hidden)
+        self.w3 = nn.Parameter(torch.empty(count, *w3_rows))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float, std_out: float | None = None) -> None:
+        """Normal weights, zero bias, drawn per global expert: the same at every expert-parallel degree.
+
+        Experts draw from generators of their own, keyed by (torch.initial_seed(), layer, expert), so
+        that the global generator advances alike on every rank, however many experts it holds.
+        """
+        for parameter, scale, name in (
+            (self.w1, std, "w1"),
+            (self.w2, std_out or std, "w2"),
+            (self.w3, std, "w3"),
+        ):
+            if getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta:
+                continue  # loaded by from_pretrained, or without storage
+            if name == "w3" and self.form == "mlp":
+                parameter.zero_()
+                continue
+            for index, expert in enumerate(self.local_experts):
+                key = f"{torch.initial_seed()}/{self.layer}/{expert}/{name}"
+                digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+                drawn = torch.randn(parameter.shape[1:], generator=generator) * scale
+                parameter[index].copy_(drawn)
+
+    def forward(self, rows_ND: Tensor, counts_L: Tensor, weight_N: Tensor | None = None) -> Tensor:
+        """Rows sorted by local expert, ``counts_L`` of each, to [N, D] in the dtype of the weights."""
+        return expert_product(
+            rows_ND.to(self.w1.dtype),
+            counts_L,
+            weight_N,
+            self.w1,
+            self.w2,
+            self.w3,
+            self.form,
+            self.activation,
+        )

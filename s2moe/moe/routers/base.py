@@ -1,0 +1,80 @@
+"""What every router is, and the registry that configuration names them by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from s2moe.moe.routing import Routing, RoutingContext
+from s2moe.objectives.precision import full_precision
+
+ROUTERS: dict[str, type[Router]] = {}
+
+
+def register(name: str) -> Callable[[type[Router]], type[Router]]:
+    """Class decorator: make a router available as ``model.moe.router.name=<name>``."""
+
+    def add(router: type[Router]) -> type[Router]:
+        if name in ROUTERS:
+            raise ValueError(f"two routers are called {name!r}: {ROUTERS[name]} and {router}")
+        ROUTERS[name] = router
+        return router
+
+    return add
+
+
+class Router(nn.Module):
+    """Decides which experts see a token, and with what weight.
+
+    A subclass names its dataclass of options in ``Options`` and implements ``forward(hidden_TD,
+    context) -> Routing``. It computes in float32 (``full_precision``) whatever the model's dtype.
+    """
+
+    Options: ClassVar[type[Any]]
+
+    def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, options: Any) -> None:
+        super().__init__()
+        if not 1 <= experts_per_token <= num_experts:
+            raise ValueError(f"experts_per_token must lie in 1..{num_experts}, got {experts_per_token}")
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.experts_per_token = experts_per_token
+        self.options = options
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Routing:
+        raise NotImplementedError
+
+    def reset_parameters(self, std: float) -> None:
+        """Initialise the parameters and buffers that are the router's own, not a submodule's."""
+
+    def after_step(self, counts_E: Tensor) -> None:
+        """Called once after each optimizer step with the step's assignments over all ranks, float32 [E]."""
+
+    def choices(self, context: RoutingContext) -> int:
+        """Experts per token now: the trained number, or the evaluation's own.
+
+        Raises:
+            ValueError: if the evaluation asks for more experts than there are.
+        """
+        choices = context.experts_per_token or self.experts_per_token
+        if not 1 <= choices <= self.num_experts:
+            raise ValueError(f"experts_per_token must lie in 1..{self.num_experts}, got {choices}")
+        return choices
+
+
+class LinearScores(nn.Module):
+    """Router logits h W^T, [T, E], in float32. ``zero`` starts W at zero."""
+
+    def __init__(self, hidden_size: int, num_experts: int, zero: bool = False) -> None:
+        super().__init__()
+        self.zero = zero
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=0.0 if self.zero else std)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        return nn.functional.linear(full_precision(hidden_TD), full_precision(self.weight))

@@ -1,0 +1,269 @@
+"""Linear top-k routing, with every published rule of combination, noise, balance and capacity.
+
+Legend: T tokens, D model, E experts, K choices per token, N assignments.
+
+Sources:
+    Shazeer et al. 2017, "Outrageously Large Neural Networks": noisy top-k, importance and load losses.
+    Lepikhin et al. 2020, "GShard"; Fedus et al. 2021, "Switch Transformers": balance, capacity, k = 1.
+    Zoph et al. 2022, "ST-MoE": z-loss.
+    Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"; DeepSeek-V3 2024: selection bias.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2moe.moe.capacity import keep_within_capacity
+from s2moe.moe.options import option
+from s2moe.moe.routers.base import LinearScores, Router, register
+from s2moe.moe.routing import Routing, RoutingContext
+from s2moe.moe.rows import count
+from s2moe.objectives.balance import (
+    importance_loss,
+    kl_balance_loss,
+    masked_mean,
+    mean_probability,
+    noisy_load_loss,
+    switch_balance_loss,
+    z_loss,
+)
+from s2moe.parallel.expert_parallel import all_reduce_sum
+
+COMBINE = ("softmax_then_topk", "topk_then_softmax", "sigmoid", "straight_through")
+
+
+@dataclass(kw_only=True)
+class TopKOptions:
+    """Options of ``router.name: topk``."""
+
+    combine: str = option(
+        "softmax_then_topk",
+        "how the logits become weights. softmax_then_topk: softmax over all experts, the chosen ones' values "
+        "(Switch; the default, since it trains the router at any k). topk_then_softmax: softmax over the chosen "
+        "ones (Mixtral; refused at k=1, where the weight is identically 1 and the router gets no gradient). "
+        "sigmoid: each expert's own sigmoid (DeepSeek-V3). straight_through: the values of topk_then_softmax, "
+        "the gradient of softmax_then_topk",
+        choices=COMBINE,
+    )
+    renormalise: bool = option(False, "divide a token's weights by their sum (refused at k=1, as above)")
+    scale: float = option(1.0, "factor of every weight (DeepSeek-V3: 2.5 with renormalised sigmoids)")
+    noise: str = option(
+        "none",
+        "training only. shazeer: logits + softplus(x W_noise) * normal, learned; jitter: the router's input times "
+        "uniform[1-jitter, 1+jitter] (Switch)",
+        choices=("none", "shazeer", "jitter"),
+    )
+    jitter: float = option(0.01, "half-width of noise=jitter")
+    capacity_factor: float | None = option(
+        None,
+        "an expert takes at most ceil(capacity_factor * k * T / E) assignments of a micro-batch in training; "
+        "null: dropless. Evaluation is always dropless, hence causal",
+    )
+    drop_policy: str = option(
+        "position",
+        "which assignments a full expert drops: position: first choices before second ones, then earlier tokens "
+        "before later ones (GShard); probability: heavier weights before lighter ones",
+        choices=("position", "probability"),
+    )
+    balance_loss: float = option(0.01, "coefficient of the balance loss; 0 switches it off")
+    balance_form: str = option(
+        "switch",
+        "switch: E sum f_i P_i over all choices; gshard: f from first choices only; kl: KL(mean probability || "
+        "uniform), which needs no f",
+        choices=("switch", "gshard", "kl"),
+    )
+    balance_scope: str = option(
+        "global",
+        "over which tokens f is counted: global: the micro-batches of all ranks (local statistics over-regularise); "
+        "local: this rank's micro-batch",
+        choices=("global", "local"),
+    )
+    z_loss: float = option(0.0, "coefficient of mean logsumexp(logits)^2 (ST-MoE: 1e-3)")
+    importance_loss: float = option(0.0, "coefficient of CV^2 of summed gate values (Shazeer: 0.1)")
+    load_loss: float = option(
+        0.0, "coefficient of CV^2 of the smooth load; needs noise=shazeer (Shazeer: 0.1)"
+    )
+    bias_update_rate: float = option(
+        0.0,
+        "auxiliary-loss-free balancing: after every optimizer step each expert's selection bias moves by this much "
+        "towards the mean load (DeepSeek-V3: 1e-3, with sigmoid). The bias never enters a weight",
+    )
+
+    def __post_init__(self) -> None:
+        if self.load_loss and self.noise != "shazeer":
+            raise ValueError("load_loss is defined by Shazeer's noise: set noise=shazeer, or load_loss=0")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise ValueError("capacity_factor must be positive, or null for dropless routing")
+
+
+@register("topk")
+class TopKRouter(Router):
+    """Each token takes its k experts with the highest logits. Causal: a token's choice is its own."""
+
+    Options = TopKOptions
+    options: TopKOptions
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, experts_per_token: int, options: TopKOptions
+    ) -> None:
+        super().__init__(hidden_size, num_experts, experts_per_token, options)
+        if experts_per_token == 1 and (options.combine == "topk_then_softmax" or options.renormalise):
+            rule = "renormalise" if options.renormalise else "combine=topk_then_softmax"
+            raise ValueError(
+                f"{rule} with experts_per_token=1 makes every weight 1, so the router would get no gradient "
+                "from the task: use combine=softmax_then_topk (or straight_through), renormalise=false"
+            )
+        self.scores = LinearScores(hidden_size, num_experts)
+        # Shazeer et al. start both matrices at zero; the noise's does, so that all experts begin equally noisy.
+        self.noise_scores = (
+            LinearScores(hidden_size, num_experts, zero=True) if options.noise == "shazeer" else None
+        )
+        if options.bias_update_rate:
+            self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+
+    def reset_parameters(self, std: float) -> None:
+        if self.options.bias_update_rate and not self.bias_E.is_meta:
+            nn.init.zeros_(self.bias_E)
+
+    def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Routing:
+        choices = self.choices(context)
+        clean_TE, logits_TE, std_TE = self._logits(hidden_TD, context)
+        prob_TE = logits_TE.softmax(-1)
+        value_TE = logits_TE.sigmoid() if self.options.combine == "sigmoid" else prob_TE
+        expert_TK = self._select(logits_TE, value_TE, choices)
+        weight_TK = self._weights(logits_TE, value_TE, expert_TK)
+
+        tokens = hidden_TD.shape[0]
+        counts_E = count(expert_TK.reshape(-1), self.num_experts)
+        losses: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        if self.training:
+            balance_TE = (
+                value_TE / value_TE.sum(-1, keepdim=True) if self.options.combine == "sigmoid" else prob_TE
+            )
+            raw = self._losses(
+                clean_TE, logits_TE, std_TE, balance_TE, weight_TK, expert_TK, counts_E, context
+            )
+            losses = {name: getattr(self.options, name) * loss for name, loss in raw.items()}
+            stats = {name: loss.detach() for name, loss in raw.items()}
+        stats.update(_figures(prob_TE.detach(), weight_TK.detach(), context.mask_T))
+
+        token_N = torch.arange(tokens, device=hidden_TD.device).repeat_interleave(choices)
+        expert_N, weight_N, kept = expert_TK.reshape(-1), weight_TK.reshape(-1), None
+        if self.training and self.options.capacity_factor is not None:
+            capacity = math.ceil(self.options.capacity_factor * choices * tokens / self.num_experts)
+            kept = keep_within_capacity(
+                expert_TK, weight_TK, self.num_experts, capacity, self.options.drop_policy
+            ).reshape(-1)
+            # Selecting the kept ones waits for the device: their number decides every shape that follows.
+            token_N, expert_N, weight_N = token_N[kept], expert_N[kept], weight_N[kept]
+            stats["dropped_fraction"] = 1 - kept.float().mean()
+            counts_E = counts_E.clamp(max=capacity)
+        return Routing(
+            token_N, expert_N, weight_N, counts_E, losses, stats, tokens, choices if kept is None else None
+        )
+
+    def _logits(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Clean logits, the (noisy, in training) logits that decide, and the noise's standard deviation."""
+        if not self.training or self.options.noise == "none":
+            clean_TE = self.scores(hidden_TD)
+            return clean_TE, clean_TE, None
+        generator = context.generator(hidden_TD.device, "router noise")
+        if self.options.noise == "jitter":
+            factor_TD = torch.empty_like(hidden_TD).uniform_(
+                1 - self.options.jitter, 1 + self.options.jitter, generator=generator
+            )
+            clean_TE = self.scores(hidden_TD * factor_TD)
+            return clean_TE, clean_TE, None
+        assert self.noise_scores is not None
+        clean_TE = self.scores(hidden_TD)
+        std_TE = F.softplus(self.noise_scores(hidden_TD)) + 0.01
+        noise_TE = torch.randn(
+            clean_TE.shape, generator=generator, device=clean_TE.device, dtype=clean_TE.dtype
+        )
+        return clean_TE, clean_TE + std_TE * noise_TE, std_TE
+
+    def _select(self, logits_TE: Tensor, value_TE: Tensor, choices: int) -> Tensor:
+        """The k best experts of each token, best first, [T, K]. The selection itself has no gradient."""
+        with torch.no_grad():
+            rank_TE = value_TE + self.bias_E if self.options.bias_update_rate else logits_TE
+            return rank_TE.topk(choices, dim=-1).indices
+
+    def _weights(self, logits_TE: Tensor, value_TE: Tensor, expert_TK: Tensor) -> Tensor:
+        combine = self.options.combine
+        if combine == "topk_then_softmax":
+            weight_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
+        else:
+            weight_TK = value_TE.gather(-1, expert_TK)
+        if combine == "straight_through":
+            forward_TK = logits_TE.detach().gather(-1, expert_TK).softmax(-1)
+            weight_TK = forward_TK + weight_TK - weight_TK.detach()
+        if self.options.renormalise:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        return weight_TK * self.options.scale if self.options.scale != 1 else weight_TK
+
+    def _losses(
+        self,
+        clean_TE: Tensor,
+        logits_TE: Tensor,
+        std_TE: Tensor | None,
+        prob_TE: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        counts_E: Tensor,
+        context: RoutingContext,
+    ) -> dict[str, Tensor]:
+        """The raw losses whose coefficient is not zero, by the name of that coefficient."""
+        options, mask_T = self.options, context.mask_T
+        losses = {}
+        if options.balance_loss:
+            prob_E = mean_probability(prob_TE, mask_T)
+            if options.balance_form == "kl":
+                losses["balance_loss"] = kl_balance_loss(prob_E)
+            else:
+                load_E = counts_E
+                if options.balance_form == "gshard" or mask_T is not None:
+                    counted_TK = expert_TK[:, :1] if options.balance_form == "gshard" else expert_TK
+                    counted = (
+                        counted_TK.new_ones(counted_TK.shape)
+                        if mask_T is None
+                        else mask_T[:, None].expand_as(counted_TK)
+                    )
+                    load_E = torch.zeros_like(counts_E).index_add_(
+                        0, counted_TK.reshape(-1), counted.reshape(-1).to(counts_E.dtype)
+                    )
+                group = context.group if options.balance_scope == "global" else None
+                losses["balance_loss"] = switch_balance_loss(
+                    all_reduce_sum(load_E, group).to(prob_E.dtype), prob_E
+                )
+        if options.z_loss:
+            losses["z_loss"] = z_loss(clean_TE, mask_T)
+        if options.importance_loss:
+            gate_TE = torch.zeros_like(logits_TE).scatter(-1, expert_TK, weight_TK)
+            losses["importance_loss"] = importance_loss(gate_TE, mask_T)
+        if options.load_loss:
+            assert std_TE is not None
+            losses["load_loss"] = noisy_load_loss(clean_TE, logits_TE, std_TE, expert_TK.shape[1], mask_T)
+        return losses
+
+    @torch.no_grad()
+    def after_step(self, counts_E: Tensor) -> None:
+        """Move the selection bias against the load by a fixed step; centred, as only differences matter."""
+        if not self.options.bias_update_rate:
+            return
+        self.bias_E += self.options.bias_update_rate * torch.sign(counts_E.mean() - counts_E)
+        self.bias_E -= self.bias_E.mean()
+
+
+def _figures(prob_TE: Tensor, weight_TK: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
+    """Router confidence: mean entropy of a token's probabilities (nats) and mean weight of its first choice."""
+    entropy_T = -torch.special.xlogy(prob_TE, prob_TE).sum(-1)
+    return {
+        "router_entropy": masked_mean(entropy_T, mask_T),
+        "first_weight": masked_mean(weight_TK[:, 0], mask_T),
+    }

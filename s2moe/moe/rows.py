@@ -1,0 +1,104 @@
+"""Moving rows between tokens and experts: gather for dispatch, weighted bag sum for combination.
+
+Both are linear and each other's transpose, so each one's backward is the other. Bags are summed in
+a fixed order (no atomic additions), so results are deterministic on every device.
+
+Legend: T tokens (rows of the source), D model, N assignments.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Placement(NamedTuple):
+    """Where assignments, listed token by token, stand after sorting them by expert."""
+
+    token_N: Tensor  # int64: the token of the assignment at each sorted place
+    order_N: Tensor  # int64: the assignment (token-major number) at each sorted place
+    place_N: Tensor  # int64: the sorted place of each assignment; the inverse of order_N
+    bag_T: Tensor  # int64: number of the first assignment of each token
+    num_tokens: int
+
+
+def count(expert_N: Tensor, num_experts: int) -> Tensor:
+    """Assignments of each expert, int64 [E]. Unlike ``bincount`` it does not wait for the device."""
+    ones_N = torch.ones_like(expert_N)
+    return expert_N.new_zeros(num_experts).scatter_add_(0, expert_N, ones_N)
+
+
+@torch.no_grad()
+def place(token_N: Tensor, expert_N: Tensor, num_tokens: int, choices: int | None) -> Placement:
+    """Sort token-major assignments by expert, keeping the order of tokens within an expert.
+
+    Args:
+        choices: K if every token has exactly K assignments; None for a ragged list.
+    """
+    order_N = expert_N.argsort(stable=True)
+    numbers_N = torch.arange(len(order_N), device=order_N.device)
+    place_N = torch.empty_like(order_N).scatter_(0, order_N, numbers_N)
+    if choices is not None:
+        bag_T = torch.arange(num_tokens, device=order_N.device) * choices
+    else:
+        tokens = torch.arange(num_tokens, device=order_N.device)
+        bag_T = torch.searchsorted(token_N, tokens)
+    return Placement(token_N[order_N], order_N, place_N, bag_T, num_tokens)
+
+
+def gather_rows(hidden_TD: Tensor, placement: Placement) -> Tensor:
+    """The hidden state of each assignment, sorted by expert, [N, D]."""
+    return _Gather.apply(hidden_TD, placement)
+
+
+def combine_rows(rows_ND: Tensor, placement: Placement, weight_N: Tensor | None = None) -> Tensor:
+    """The sum of each token's rows, [T, D]; zero for a token without any.
+
+    Args:
+        rows_ND: sorted by expert.
+        weight_N: factor of each row, sorted by expert; None for 1.
+    """
+    return _Combine.apply(rows_ND, placement, weight_N)
+
+
+def _bag_sum(rows_ND: Tensor, placement: Placement, weight_N: Tensor | None = None) -> Tensor:
+    if rows_ND.shape[0] == 0 or placement.num_tokens == 0:
+        return rows_ND.new_zeros(placement.num_tokens, rows_ND.shape[1])
+    weights = None if weight_N is None else weight_N.to(rows_ND.dtype)[placement.place_N]
+    return F.embedding_bag(
+        placement.place_N, rows_ND, placement.bag_T, mode="sum", per_sample_weights=weights
+    )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, placement: Placement) -> Tensor:
+        ctx.placement = placement
+        return hidden_TD.index_select(0, placement.token_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        return _bag_sum(grad_ND.contiguous(), ctx.placement), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, placement: Placement, weight_N: Tensor | None) -> Tensor:
+        ctx.placement = placement
+        ctx.save_for_backward(*(() if weight_N is None else (rows_ND, weight_N)))
+        return _bag_sum(rows_ND, placement, weight_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        grad_ND = grad_TD.index_select(0, ctx.placement.token_N)
+        if not ctx.saved_tensors:
+            return grad_ND, None, None
+        rows_ND, weight_N = ctx.saved_tensors
+        grad_weight_N = (grad_ND * rows_ND).sum(-1, dtype=weight_N.dtype)
+        return grad_ND * weight_N.to(grad_ND.dtype)[:, None], None, grad_weight_N

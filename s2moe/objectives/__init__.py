@@ -1,0 +1,1 @@
+"""Auxiliary losses: plain functions on tensors, for text and vision alike."""
