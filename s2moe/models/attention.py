@@ -20,11 +20,13 @@ from s2moe.models.configuration import S2MoEConfig
 class S2MoERotaryEmbedding(nn.Module):
     """cos and sin of each position's angles, [B, S, C], computed in float32."""
 
+    inv_freq: Tensor
+
     def __init__(self, config: S2MoEConfig) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type = (config.rope_parameters or {})["rope_type"]
         initialise = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = initialise(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -35,15 +37,14 @@ class S2MoERotaryEmbedding(nn.Module):
         config: S2MoEConfig, device: torch.device | None = None, seq_len: int | None = None
     ) -> tuple[Tensor, float]:
         """Inverse frequencies theta^(-2i/C), and the factor of cos and sin (1)."""
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponent, 1.0
+        width = config.attention_shape().width
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return (config.rope_parameters or {})["rope_theta"] ** -exponent, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_BSD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angle = position_ids[..., None].float() * self.inv_freq.to(
-            device=hidden_BSD.device, dtype=torch.float32
-        )
+        angle = position_ids[..., None].float() * self.inv_freq.to(device=hidden_BSD.device, dtype=torch.float32)
         angle = torch.cat((angle, angle), dim=-1)
         cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
         return cos.to(hidden_BSD.dtype), sin.to(hidden_BSD.dtype)
@@ -56,13 +57,12 @@ class S2MoEAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        heads, groups, self.head_dim = config.attention_shape()
+        self.num_key_value_groups = heads // groups
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        query_width = config.num_attention_heads * self.head_dim
-        value_width = config.num_key_value_heads * self.head_dim
+        query_width, value_width = heads * self.head_dim, groups * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, value_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, value_width, bias=False)
@@ -84,9 +84,7 @@ class S2MoEAttention(nn.Module):
         query_BHSC, key_BGSC = apply_rotary_pos_emb(query_BHSC, key_BGSC, *position_embeddings)
         if past_key_values is not None:
             key_BGSC, value_BGSC = past_key_values.update(key_BGSC, value_BGSC, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out_BSHC, probability = attend(
             self,
             query_BHSC,

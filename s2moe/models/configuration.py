@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from s2moe.moe.config import MoEConfig, StochasticOptions, build, resolve_moe
 from s2moe.moe.options import option
+
+
+class AttentionShape(NamedTuple):
+    """Query heads, key/value heads, and the width of each."""
+
+    query_heads: int
+    value_heads: int
+    width: int
 
 
 @strict
@@ -27,9 +35,7 @@ class S2MoEConfig(PreTrainedConfig):
     hidden_size: int = option(256, "width of the model")
     num_hidden_layers: int = option(4, "Transformer blocks")
     num_attention_heads: int = option(8, "query heads")
-    num_key_value_heads: int | None = option(
-        None, "key/value heads of grouped-query attention; null: as query heads"
-    )
+    num_key_value_heads: int | None = option(None, "key/value heads of grouped-query attention; null: as query heads")
     head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads")
     intermediate_size: int = option(1024, "hidden width of the dense layers' MLP")
     max_position_embeddings: int = option(2048, "longest sequence")
@@ -65,7 +71,13 @@ class S2MoEConfig(PreTrainedConfig):
         self.moe = asdict(resolve_moe(self.moe))
         super().__post_init__(**kwargs)
 
+    def attention_shape(self) -> AttentionShape:
+        """The resolved sizes of attention."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None  # set in __post_init__
+        return AttentionShape(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
+
     def moe_config(self) -> MoEConfig:
         """The typed options of the SMoE layers."""
+        assert self.moe is not None  # set in __post_init__
         stochastic = build(StochasticOptions, self.moe["stochastic"], "stochastic")
         return build(MoEConfig, {**self.moe, "stochastic": stochastic}, "moe")

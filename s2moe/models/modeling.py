@@ -167,9 +167,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[
-                None
-            ]
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -274,12 +272,7 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             experts_per_token=experts_per_token,
             **kwargs,
         )
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else slice(None)
-        )
-        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else kept
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
 
         loss = task_loss = aux_loss = None
@@ -312,10 +305,10 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         Args:
             routing: the ``routing`` of each micro-batch's output since the last step.
         """
-        layers = {layer.moe.layer: layer.moe for layer in self.model.layers if layer.is_sparse}
+        layers = {module.layer: module for module in self.modules() if isinstance(module, SMoELayer)}
         for per_microbatch in zip(*routing, strict=True):
             moe = layers[per_microbatch[0].layer]
-            if type(moe.router).after_step is Router.after_step:
+            if not moe.router.wants_load:
                 continue
             counts_E = torch.stack([statistics.counts_E for statistics in per_microbatch]).sum(0).float()
             moe.router.after_step(all_reduce_sum(counts_E, moe.parallel.data_group))

@@ -58,8 +58,9 @@ def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> Mo
     matrices = 3 if moe.expert_form == "gated" else 2
     bias = 0 if moe.expert_form == "gated" else 1
 
-    heads_width = config.num_attention_heads * config.head_dim
-    attention = layers * width * 2 * (heads_width + config.num_key_value_heads * config.head_dim)
+    heads = config.attention_shape()
+    heads_width = heads.query_heads * heads.width
+    attention = layers * width * 2 * (heads_width + heads.value_heads * heads.width)
     dense_mlp = (layers - sparse) * (matrices * width + bias) * config.intermediate_size
     shared = sparse * moe.shared_experts * (matrices * width + bias) * moe.expert_hidden
     expert = (matrices * width + bias) * moe.expert_hidden

@@ -12,9 +12,7 @@ from s2moe.moe.rows import count
 
 
 @torch.no_grad()
-def keep_within_capacity(
-    expert_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: int, policy: str
-) -> Tensor:
+def keep_within_capacity(expert_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: int, policy: str) -> Tensor:
     """True for the at most ``capacity`` assignments that each expert keeps, bool [T, K].
 
     Args:

@@ -24,12 +24,8 @@ class StochasticOptions:
         "sequence: per feature over each sequence; token: over each token's own features (strictly causal)",
         choices=("token_batch", "sequence", "token"),
     )
-    spread: str = option(
-        "std", "scale of the noise: the features' std or their variance", choices=("std", "variance")
-    )
-    reroute: bool = option(
-        True, "route the noisy copy anew; false reuses the clean token's experts and weights"
-    )
+    spread: str = option("std", "scale of the noise: the features' std or their variance", choices=("std", "variance"))
+    reroute: bool = option(True, "route the noisy copy anew; false reuses the clean token's experts and weights")
     contrast: str = option(
         "outputs",
         "operands of InfoNCE: outputs: what the experts made of clean and noisy token; inputs: the tokens themselves",
@@ -66,9 +62,7 @@ class MoEConfig:
     expert_hidden: int = option(512, "hidden width of an expert")
     expert_form: str = option("gated", "gated: W2(act(W1 x) * W3 x); mlp: W2 act(W1 x + b)", choices=FORMS)
     activation: str = option("silu", "activation of the experts", choices=ACTIVATIONS)
-    shared_experts: int = option(
-        0, "experts every token sees besides its own, as one MLP of so many times the width"
-    )
+    shared_experts: int = option(0, "experts every token sees besides its own, as one MLP of so many times the width")
     every: int = option(1, "every n-th layer is an SMoE layer, the others are dense")
     first_dense: int = option(0, "so many first layers are dense")
     router: dict[str, Any] = option(factory=dict, help="the router's name, and its options")
@@ -103,9 +97,7 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     given = dict(given or {})
     method = given.get("method", MoEConfig.__dataclass_fields__["method"].default)
     if method not in METHODS:
-        raise ValueError(
-            f"method: unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}"
-        )
+        raise ValueError(f"method: unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
     merged = deep_merge(METHODS[method].settings, given)
     router = dict(merged.get("router") or {})
     router.setdefault("name", "topk")

@@ -41,9 +41,7 @@ def _exchange(rows_ND: Tensor, counts_E: Tensor, experts: Experts, parallel: Exp
     rows_RD = _all_to_all(rows_ND, send, receive, parallel)
     # Rows arrive rank by rank, within a rank sorted by expert; they are needed expert by expert.
     numbers = torch.arange(received_PL.numel(), device=rows_RD.device)
-    expert_R = (numbers % received_PL.shape[1]).repeat_interleave(
-        received_PL.view(-1), output_size=sum(receive)
-    )
+    expert_R = (numbers % received_PL.shape[1]).repeat_interleave(received_PL.view(-1), output_size=sum(receive))
     row_R = torch.arange(sum(receive), device=rows_RD.device)
     placement = place(row_R, expert_R, num_tokens=len(row_R), choices=1)
     out_RD = experts(gather_rows(rows_RD, placement), received_PL.sum(0))

@@ -12,6 +12,7 @@ takes several times longer (benchmarks/moe_layer.py measures both). A GPU gets `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
 
-ACTIVATION_FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
-ACTIVATION_GRADIENTS = {
+ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": aten.silu_backward,
     "gelu": aten.gelu_backward,
     "relu": lambda grad, value: aten.threshold_backward(grad, value, 0),
@@ -144,7 +145,7 @@ class _Loop(torch.autograd.Function):
             activated = act(first)
             hidden = activated * second_NF[own] if ctx.gated else activated
             grad_hidden = grad @ w2_EDF[expert]
-            if weight_N is not None:
+            if weight_N is not None and grad_weight_N is not None:
                 grad_weight_N[own] = torch.linalg.vecdot(grad_hidden, hidden).to(weight_N.dtype)
                 weight = weight_N[own, None]
                 # `hidden` may be `activated` itself, which the mlp form does not need again.

@@ -44,9 +44,7 @@ class SMoELayer(EngineMoELayer):
     expert-parallel degree that divides the experts; only this rank's experts are ever built.
     """
 
-    def __init__(
-        self, config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None
-    ) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None) -> None:
         super().__init__()
         parallel = parallel or ExpertParallel()
         self.config = config
@@ -64,15 +62,11 @@ class SMoELayer(EngineMoELayer):
         )
         shared_width = config.shared_experts * config.expert_hidden
         self.shared = (
-            DenseMLP(hidden_size, shared_width, config.expert_form, config.activation)
-            if shared_width
-            else None
+            DenseMLP(hidden_size, shared_width, config.expert_form, config.activation) if shared_width else None
         )
         self.bind_engine(config.num_experts, parallel)
 
-    def forward(
-        self, hidden_BSD: Tensor, context: RoutingContext | None = None
-    ) -> tuple[Tensor, LayerStatistics]:
+    def forward(self, hidden_BSD: Tensor, context: RoutingContext | None = None) -> tuple[Tensor, LayerStatistics]:
         """[B, S, D] to [B, S, D] and what the router reports of it."""
         sequences = hidden_BSD.shape[0]
         context = replace(
@@ -93,9 +87,7 @@ class SMoELayer(EngineMoELayer):
         return dispatch(hidden_TD, routing, self.experts, self.parallel), routing, {}
 
 
-def build_layer(
-    config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None
-) -> SMoELayer:
+def build_layer(config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None) -> SMoELayer:
     """The SMoE layer that ``config`` describes."""
     from s2moe.moe.stochastic import StochasticSMoELayer  # it is a subclass of this file's layer
 

@@ -6,9 +6,7 @@ from dataclasses import MISSING, field
 from typing import Any
 
 
-def option(
-    default: Any = MISSING, help: str = "", choices: tuple[str, ...] = (), factory: Any = MISSING
-) -> Any:
+def option(default: Any = MISSING, help: str = "", choices: tuple[str, ...] = (), factory: Any = MISSING) -> Any:
     """A dataclass field that ``--help`` can explain and the configuration loader can check."""
     metadata = {"help": help, "choices": choices}
     if factory is not MISSING:

@@ -69,9 +69,7 @@ def _bag_sum(rows_ND: Tensor, placement: Placement, weight_N: Tensor | None = No
     if rows_ND.shape[0] == 0 or placement.num_tokens == 0:
         return rows_ND.new_zeros(placement.num_tokens, rows_ND.shape[1])
     weights = None if weight_N is None else weight_N.to(rows_ND.dtype)[placement.place_N]
-    return F.embedding_bag(
-        placement.place_N, rows_ND, placement.bag_T, mode="sum", per_sample_weights=weights
-    )
+    return F.embedding_bag(placement.place_N, rows_ND, placement.bag_T, mode="sum", per_sample_weights=weights)
 
 
 class _Gather(torch.autograd.Function):

@@ -80,9 +80,7 @@ def noisy_copy(hidden_TD: Tensor, mean: Tensor, spread: Tensor, noise_TD: Tensor
 class StochasticSMoELayer(SMoELayer):
     """S2MoE. The clean path alone in evaluation."""
 
-    def __init__(
-        self, config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None
-    ) -> None:
+    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None) -> None:
         super().__init__(config, hidden_size, layer, parallel)
         self.options: StochasticOptions = config.stochastic
         self.mix_gate = nn.Linear(hidden_size, 1)
@@ -98,9 +96,7 @@ class StochasticSMoELayer(SMoELayer):
         mean, std = noise_statistics(hidden_TD, options.statistics, context.sequences, mask_T)
         spread = std if options.spread == "std" else std.square()
         generator = context.generator(hidden_TD.device, "noise")
-        noise_TD = torch.randn(
-            hidden_TD.shape, generator=generator, device=hidden_TD.device, dtype=mean.dtype
-        )
+        noise_TD = torch.randn(hidden_TD.shape, generator=generator, device=hidden_TD.device, dtype=mean.dtype)
         noisy_TD = noisy_copy(hidden_TD, mean, spread, noise_TD)
 
         clean = self.router(hidden_TD, context)

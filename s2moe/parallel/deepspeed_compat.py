@@ -45,9 +45,7 @@ except ImportError:  # inference and plain PyTorch training need no DeepSpeed
 def check_version() -> None:
     """Raise RuntimeError unless DeepSpeed is installed in a release that was tried."""
     if deepspeed is None:
-        raise RuntimeError(
-            f"training on the DeepSpeed engine needs it: pip install deepspeed=={TRIED_VERSIONS[-1]}"
-        )
+        raise RuntimeError(f"training on the DeepSpeed engine needs it: pip install deepspeed=={TRIED_VERSIONS[-1]}")
     if deepspeed.__version__ not in TRIED_VERSIONS:
         raise RuntimeError(
             f"deepspeed {deepspeed.__version__} was never tried with this project, which relies on its inside, "
@@ -158,7 +156,8 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     biases, norms and temperatures are not. The mlp form's expert bias [L, 1, F] is a bias.
     """
     tag_parameters(model)
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_bias = parameter.squeeze().dim() < 2 or (parameter.dim() == 3 and parameter.shape[1] == 1)

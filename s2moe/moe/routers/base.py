@@ -50,6 +50,11 @@ class Router(nn.Module):
     def reset_parameters(self, std: float) -> None:
         """Initialise the parameters and buffers that are the router's own, not a submodule's."""
 
+    @property
+    def wants_load(self) -> bool:
+        """Whether ``after_step`` is to be called, which costs a sum over ranks."""
+        return False
+
     def after_step(self, counts_E: Tensor) -> None:
         """Called once after each optimizer step with the step's assignments over all ranks, float32 [E]."""
 

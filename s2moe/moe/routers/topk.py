@@ -85,9 +85,7 @@ class TopKOptions:
     )
     z_loss: float = option(0.0, "coefficient of mean logsumexp(logits)^2 (ST-MoE: 1e-3)")
     importance_loss: float = option(0.0, "coefficient of CV^2 of summed gate values (Shazeer: 0.1)")
-    load_loss: float = option(
-        0.0, "coefficient of CV^2 of the smooth load; needs noise=shazeer (Shazeer: 0.1)"
-    )
+    load_loss: float = option(0.0, "coefficient of CV^2 of the smooth load; needs noise=shazeer (Shazeer: 0.1)")
     bias_update_rate: float = option(
         0.0,
         "auxiliary-loss-free balancing: after every optimizer step each expert's selection bias moves by this much "
@@ -107,10 +105,9 @@ class TopKRouter(Router):
 
     Options = TopKOptions
     options: TopKOptions
+    bias_E: Tensor  # selection bias of auxiliary-loss-free balancing, where that is on
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, experts_per_token: int, options: TopKOptions
-    ) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, options: TopKOptions) -> None:
         super().__init__(hidden_size, num_experts, experts_per_token, options)
         if experts_per_token == 1 and (options.combine == "topk_then_softmax" or options.renormalise):
             rule = "renormalise" if options.renormalise else "combine=topk_then_softmax"
@@ -120,9 +117,7 @@ class TopKRouter(Router):
             )
         self.scores = LinearScores(hidden_size, num_experts)
         # Shazeer et al. start both matrices at zero; the noise's does, so that all experts begin equally noisy.
-        self.noise_scores = (
-            LinearScores(hidden_size, num_experts, zero=True) if options.noise == "shazeer" else None
-        )
+        self.noise_scores = LinearScores(hidden_size, num_experts, zero=True) if options.noise == "shazeer" else None
         if options.bias_update_rate:
             self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
 
@@ -143,12 +138,8 @@ class TopKRouter(Router):
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         if self.training:
-            balance_TE = (
-                value_TE / value_TE.sum(-1, keepdim=True) if self.options.combine == "sigmoid" else prob_TE
-            )
-            raw = self._losses(
-                clean_TE, logits_TE, std_TE, balance_TE, weight_TK, expert_TK, counts_E, context
-            )
+            balance_TE = value_TE / value_TE.sum(-1, keepdim=True) if self.options.combine == "sigmoid" else prob_TE
+            raw = self._losses(clean_TE, logits_TE, std_TE, balance_TE, weight_TK, expert_TK, counts_E, context)
             losses = {name: getattr(self.options, name) * loss for name, loss in raw.items()}
             stats = {name: loss.detach() for name, loss in raw.items()}
         stats.update(_figures(prob_TE.detach(), weight_TK.detach(), context.mask_T))
@@ -164,9 +155,7 @@ class TopKRouter(Router):
             token_N, expert_N, weight_N = token_N[kept], expert_N[kept], weight_N[kept]
             stats["dropped_fraction"] = 1 - kept.float().mean()
             counts_E = counts_E.clamp(max=capacity)
-        return Routing(
-            token_N, expert_N, weight_N, counts_E, losses, stats, tokens, choices if kept is None else None
-        )
+        return Routing(token_N, expert_N, weight_N, counts_E, losses, stats, tokens, choices if kept is None else None)
 
     def _logits(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clean logits, the (noisy, in training) logits that decide, and the noise's standard deviation."""
@@ -183,9 +172,7 @@ class TopKRouter(Router):
         assert self.noise_scores is not None
         clean_TE = self.scores(hidden_TD)
         std_TE = F.softplus(self.noise_scores(hidden_TD)) + 0.01
-        noise_TE = torch.randn(
-            clean_TE.shape, generator=generator, device=clean_TE.device, dtype=clean_TE.dtype
-        )
+        noise_TE = torch.randn(clean_TE.shape, generator=generator, device=clean_TE.device, dtype=clean_TE.dtype)
         return clean_TE, clean_TE + std_TE * noise_TE, std_TE
 
     def _select(self, logits_TE: Tensor, value_TE: Tensor, choices: int) -> Tensor:
@@ -238,9 +225,7 @@ class TopKRouter(Router):
                         0, counted_TK.reshape(-1), counted.reshape(-1).to(counts_E.dtype)
                     )
                 group = context.group if options.balance_scope == "global" else None
-                losses["balance_loss"] = switch_balance_loss(
-                    all_reduce_sum(load_E, group).to(prob_E.dtype), prob_E
-                )
+                losses["balance_loss"] = switch_balance_loss(all_reduce_sum(load_E, group).to(prob_E.dtype), prob_E)
         if options.z_loss:
             losses["z_loss"] = z_loss(clean_TE, mask_T)
         if options.importance_loss:
@@ -251,11 +236,13 @@ class TopKRouter(Router):
             losses["load_loss"] = noisy_load_loss(clean_TE, logits_TE, std_TE, expert_TK.shape[1], mask_T)
         return losses
 
+    @property
+    def wants_load(self) -> bool:
+        return self.options.bias_update_rate > 0
+
     @torch.no_grad()
     def after_step(self, counts_E: Tensor) -> None:
         """Move the selection bias against the load by a fixed step; centred, as only differences matter."""
-        if not self.options.bias_update_rate:
-            return
         self.bias_E += self.options.bias_update_rate * torch.sign(counts_E.mean() - counts_E)
         self.bias_E -= self.bias_E.mean()
 
