@@ -1,0 +1,169 @@
+"""A prepared corpus: one memory-mapped file of token ids a split, and ``metadata.json``, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from s2moe.data.errors import CorpusError
+from s2moe.data.tokenizer_base import Tokenizer
+from s2moe.data.tokenizers import load_tokenizer
+
+FORMAT = 1
+METADATA_FILE = "metadata.json"
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class SplitMetadata:
+    """One split: its tokens, the symbols that a figure per symbol is divided by, and its file's sha256."""
+
+    tokens: int
+    symbols: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusMetadata:
+    """What is known about a corpus.
+
+    ``symbol`` names the unit of ``SplitMetadata.symbols``: byte, character or word (<eos> included).
+    ``source`` records where the text came from, with its length in bytes and sha256; ``request`` the
+    arguments that decide the content, which a second preparation must repeat; ``command`` the command line;
+    ``notes`` what must be said beside every figure.
+    """
+
+    name: str
+    tokenizer: str
+    vocab_size: int
+    dtype: str
+    symbol: str
+    splits: dict[str, SplitMetadata]
+    source: dict[str, Any]
+    request: dict[str, Any]
+    command: str
+    notes: list[str] = field(default_factory=list)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, directory: Path) -> CorpusMetadata:
+        """The metadata of a prepared directory; CorpusError with the remedy where there is none."""
+        try:
+            values = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
+            splits = {name: SplitMetadata(**split) for name, split in values.pop("splits").items()}
+            metadata = cls(splits=splits, **values)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorpusError(
+                f"{directory} is not a prepared corpus; prepare it with: {preparation_command(directory)}"
+            ) from error
+        except (OSError, TypeError, AttributeError, KeyError, ValueError) as error:
+            raise CorpusError(
+                f"{directory / METADATA_FILE} cannot be read ({' '.join(str(error).split())}); "
+                f"prepare the corpus again: {preparation_command(directory)} --force"
+            ) from error
+        if metadata.format != FORMAT:
+            raise CorpusError(
+                f"{directory} has format {metadata.format}, this version reads {FORMAT}; "
+                f"prepare it again: {metadata.command} --force"
+            )
+        return metadata
+
+
+class TokenStream(Sequence[int]):
+    """One split's tokens ``[tokens]``, memory-mapped; indexing and slicing are numpy's."""
+
+    def __init__(self, name: str, tokens: NDArray[Any], symbols: int) -> None:
+        self.name = name
+        self.tokens = tokens
+        self.symbols = symbols
+
+    def __len__(self) -> int:
+        return int(self.tokens.size)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tokens[index]
+
+
+class Corpus:
+    """A prepared directory, opened for reading.
+
+    Opening checks that every file has the length that the metadata says, which costs nothing;
+    :meth:`verify` reads everything and compares checksums.
+    """
+
+    def __init__(self, directory: Path, metadata: CorpusMetadata) -> None:
+        self.directory = directory
+        self.metadata = metadata
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> Corpus:
+        """Open a directory that ``python -m data_prep`` wrote; CorpusError with the command that mends it."""
+        corpus = cls(Path(directory), CorpusMetadata.read(Path(directory)))
+        for name in corpus.metadata.splits:
+            path, expected = corpus.path(name), corpus._bytes(name)
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != expected:
+                found = "is missing" if actual is None else f"has {actual} bytes instead of {expected}"
+                raise corpus.damaged(f"{path.name} {found}")
+        return corpus
+
+    @property
+    def name(self) -> str:
+        return self.metadata.name
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = load_tokenizer(self.directory)
+        if tokenizer.vocab_size != self.metadata.vocab_size or tokenizer.kind != self.metadata.tokenizer:
+            raise self.damaged("its tokenizer is not the one its metadata names")
+        return tokenizer
+
+    def split(self, name: str) -> TokenStream:
+        """The tokens of "train", "valid" or "test", opened read-only on first use."""
+        if name not in self.metadata.splits:
+            known = ", ".join(self.metadata.splits)
+            raise CorpusError(f"{self.name} has no split {name!r}; it has {known}")
+        tokens = np.memmap(self.path(name), dtype=self.metadata.dtype, mode="r")
+        return TokenStream(name, tokens, self.metadata.splits[name].symbols)
+
+    def text_bytes(self, name: str) -> bytes:
+        """A split's text, decoded again, as bytes (all of it in memory)."""
+        return self.tokenizer.decode_bytes(self.split(name).tokens)
+
+    def path(self, name: str) -> Path:
+        return self.directory / f"{name}.bin"
+
+    def verify(self) -> None:
+        """Read every split and compare its sha256; CorpusError for a difference."""
+        for name, split in self.metadata.splits.items():
+            with self.path(name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != split.sha256:
+                    raise self.damaged(f"{name}.bin has another checksum than when it was written")
+        _ = self.tokenizer
+
+    def damaged(self, problem: str) -> CorpusError:
+        """The error for a directory whose files do not fit together."""
+        return CorpusError(f"{self.directory} is damaged: {problem}; prepare it again: {self.metadata.command} --force")
+
+    def _bytes(self, name: str) -> int:
+        return self.metadata.splits[name].tokens * np.dtype(self.metadata.dtype).itemsize
+
+
+def preparation_command(directory: str | os.PathLike[str]) -> str:
+    """The command that prepares a directory, guessed from its name."""
+    name = Path(directory).name
+    known = ("text8", "enwik8", "wikitext103", "embedded")
+    corpus = next((corpus for corpus in known if name.startswith(corpus)), "{" + ",".join((*known, "text")) + "}")
+    return f"python -m data_prep {corpus} --out {directory}"
