@@ -10,6 +10,7 @@ contract itself.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from torch import nn
 from s2moe.parallel.expert_parallel import ExpertParallel
 
 TRIED_VERSIONS = ("0.19.8",)
+
+# Without a GPU DeepSpeed says at every import that it takes the CPU: no news, and noise above our own messages.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 try:
     import deepspeed
