@@ -79,7 +79,7 @@ PLACES = {
 def run(
     corpus: str, output: str, settings: dict[str, Any], death: tuple[str, int, bool] | float | None, victim: int
 ) -> dict[str, Any]:
-    """``pretrain`` with RUN and ``settings``; the rank ``victim`` dies at the given place or after the given seconds."""
+    """``pretrain`` with RUN and ``settings``; rank ``victim`` dies at the given place or after so many seconds."""
     overrides = {"name": "run", "data.dir": corpus, "output_dir": output, **RUN, **settings}
     config = load(RunConfig, None, [f"{key}={value}" for key, value in overrides.items()])
     rank, world = dist.get_rank(), dist.get_world_size()
