@@ -1,0 +1,1 @@
+"""Measurements: our layers against their peers, side by side in one run."""
