@@ -38,7 +38,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 pretrain: setup ## train the small model on English text; goes on where an interrupted run stopped
-	@"$(BIN)/python" -m data_prep embedded --out data/embedded
+	@"$(BIN)/python" -m data_prep embedded --docstrings --tokenizer sentencepiece --vocab-size 4096 --out data/embedded
 	@if [ -n "$(FRESH)" ] && [ -e $(RUN) ]; then \
 		kept=$(RUN)-until-$$(date +%Y%m%d-%H%M%S); mv $(RUN) $$kept; echo "The previous run is now $$kept."; \
 	fi

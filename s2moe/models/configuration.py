@@ -73,7 +73,8 @@ class S2MoEConfig(PreTrainedConfig):
 
     def attention_shape(self) -> AttentionShape:
         """The resolved sizes of attention."""
-        assert self.num_key_value_heads is not None and self.head_dim is not None  # set in __post_init__
+        assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
         return AttentionShape(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
 
     def moe_config(self) -> MoEConfig:

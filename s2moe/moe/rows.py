@@ -94,9 +94,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        saved = ctx.saved_tensors  # activation recomputation lets them be read once only
         grad_ND = grad_TD.index_select(0, ctx.placement.token_N)
-        if not ctx.saved_tensors:
+        if not saved:
             return grad_ND, None, None
-        rows_ND, weight_N = ctx.saved_tensors
+        rows_ND, weight_N = saved
         grad_weight_N = (grad_ND * rows_ND).sum(-1, dtype=weight_N.dtype)
         return grad_ND * weight_N.to(grad_ND.dtype)[:, None], None, grad_weight_N

@@ -10,7 +10,11 @@ contract itself.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -55,6 +59,31 @@ def check_version() -> None:
             f"deepspeed {deepspeed.__version__} was never tried with this project, which relies on its inside, "
             f"and a mismatch can train wrongly without an error: pip install deepspeed=={TRIED_VERSIONS[-1]}"
         )
+
+
+def init_distributed(backend: str) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    check_version()
+    # A shared-memory all-reduce for inference on the CPU: otherwise compiled, for a minute, on the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=True)
+
+
+def to_universal(checkpoint: Path, output: Path) -> None:
+    """Convert a checkpoint directory into DeepSpeed's universal form, one folder a parameter, under ``output``/zero."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = argparse.Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(output),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
 
 
 class EngineMoELayer(AutoEPMoELayer):

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Write the weights of a run's newest checkpoint as a Hugging Face directory.
+
+    python launcher/export.py --checkpoint runs/quickstart --out exported
+
+A finished run already has one, hf/. This serves a run that is still going on, or one checkpoint of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+try:
+    from launcher.common import prepare_environment, run
+except ImportError:  # started as a file, from any directory
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from launcher.common import prepare_environment, run
+
+prepare_environment()
+
+
+def main(arguments: list[str]) -> None:
+    """Read a checkpoint in this one process and write it out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, or one of its checkpoints")
+    parser.add_argument("--out", type=Path, help="directory to write (default: hf/ in the run directory)")
+    parser.add_argument("--data", type=Path, help="corpus whose tokenizer goes along (default: the run's)")
+    options = parser.parse_args(arguments)
+    from s2moe.training.standalone import export_checkpoint
+
+    print(f"wrote {export_checkpoint(options.checkpoint, options.out, options.data)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Pre-train a sparse mixture-of-experts language model.
+
+    deepspeed launcher/pretrain.py --config configs/quickstart.yaml          all GPUs of this machine
+    deepspeed --num_accelerators 2 launcher/pretrain.py --config ...         2 processes, also on the CPU
+    python launcher/pretrain.py --config ... training.expert_parallel=1      one process
+    torchrun --standalone --nproc-per-node 2 launcher/pretrain.py --config ...
+    srun --ntasks-per-node 8 python launcher/pretrain.py --config ...        inside a Slurm job
+
+Settings come from the YAML file and, on top of it, from section.key=value arguments:
+
+    ... --config configs/enwik8/s2moe_flop_matched.yaml training.steps=1000 optimizer.lr=1e-3 name=trial
+    ... --config ... model.moe.method=smoe model.moe.experts_per_token=2     plain top-2 instead of S2MoE
+    ... --config ... model.moe.router.balance_loss=0                         a router's own option
+
+A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when it is
+finished, hf/. Started again with the same command, it continues from its newest complete checkpoint.
+
+What would it cost? --dry-run prints parameters, memory per process and FLOPs and allocates nothing:
+
+    python launcher/pretrain.py --config configs/large_10b.yaml --dry-run --world-size 64
+
+Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
+3 the loss or the gradient was not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import NoReturn
+
+try:
+    from launcher.common import fail, prepare_environment, run
+except ImportError:  # started as a file, from any directory
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from launcher.common import fail, prepare_environment, run
+
+prepare_environment()
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, said once a machine."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"error: {message} (--help explains)", 2)
+        raise AssertionError
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; what is not an option is a setting."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--world-size", type=int)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--local_rank", "--local-rank", type=int)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str]) -> None:
+    """Read the settings, then explain, plan or train."""
+    options = parse(arguments)
+    from s2moe.config import load
+    from s2moe.config.run import RunConfig
+
+    if options.help:
+        from s2moe.config.explain import explain
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+        print(f"{__doc__}\n{explain()}")
+        return
+    if options.config is None:
+        fail("error: --config is missing; for example --config configs/quickstart.yaml (--help explains)", 2)
+    config = load(RunConfig, options.config, options.overrides)
+    if options.dry_run:
+        dry_run(config, options.world_size)
+    else:
+        train(config)
+
+
+def dry_run(config, world_size: int | None) -> None:  # type: ignore[no-untyped-def]
+    """Print what the run would cost on `world_size` processes (default: one copy of the experts)."""
+    from s2moe.config.run import check_world
+    from s2moe.data import Corpus, CorpusError
+    from s2moe.training.plan import plan
+
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", config.training.expert_parallel))
+    check_world(config, world_size)
+    try:
+        vocabulary = Corpus.open(config.data.dir).metadata.vocab_size
+    except CorpusError as error:
+        vocabulary = config.model["vocab_size"] or 256
+        print(f"note: counting with a vocabulary of {vocabulary}: {error}")
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(plan(config, config.model_config(vocabulary), world_size))
+
+
+def train(config) -> None:  # type: ignore[no-untyped-def]
+    """Train, then report."""
+    from s2moe.data import Corpus
+    from s2moe.training.processes import start_processes, stop_processes
+    from s2moe.training.report import report
+    from s2moe.training.run import pretrain
+
+    _ = Corpus.open(config.data.dir).tokenizer  # a mistake here should not wait for the other processes
+    processes = start_processes()
+    result = pretrain(config, processes)
+    stop_processes()
+    if not processes.is_main:
+        return
+    if result.finished:
+        print(report(config, result), flush=True)
+    else:
+        print(f"time is up after step {result.state.step}; the same command continues")
+        print(f"run directory: {result.directory}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,70 @@
+"""The `model:` section: `S2MoEConfig`'s own fields, with `moe` described by `MoEConfig`.
+
+`S2MoEConfig` is a transformers configuration, which carries some sixty inherited fields and accepts
+any keyword; here only what it declares itself is a setting, so that a misspelt key is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from s2moe.models.configuration import S2MoEConfig
+from s2moe.moe.config import MoEConfig, resolve_moe
+from s2moe.moe.routers import ROUTERS
+
+from .loader import build as build_section
+from .loader import check_keys
+from .options import Key, Section, default_of, open_section
+
+FROM_THE_RUN = {
+    "vocab_size": "symbols of the vocabulary; null: as many as the corpus has",
+    "max_position_embeddings": "longest sequence the model is meant for; null: training.sequence_length",
+}
+
+
+def model_section() -> Section:
+    """Keys of `model:`. Its value is a plain dict of every field, `moe` resolved."""
+    hints = inspect.get_annotations(S2MoEConfig, eval_str=True)
+    fields = {item.name: item for item in dataclasses.fields(S2MoEConfig)}
+    keys: dict[str, Key | Section] = {}
+    for name, hint in hints.items():
+        if name not in fields:
+            continue
+        text = fields[name].metadata.get("help", "")
+        if name in FROM_THE_RUN:
+            keys[name] = Key(int | None, None, FROM_THE_RUN[name])
+        elif name == "moe":
+            text = "the sparse mixture-of-experts layers; method changes defaults below"
+            keys[name] = open_section(MoEConfig, build_moe, text)
+        else:
+            keys[name] = Key(hint, default_of(fields[name]), text)
+
+    def build(given: dict[str, Any]) -> dict[str, Any]:
+        values = {name: key.default for name, key in keys.items() if isinstance(key, Key)} | given
+        S2MoEConfig(**{name: value for name, value in values.items() if value is not None})  # raises on impossible ones
+        return values
+
+    return Section(keys, build, "the Transformer")
+
+
+def build_moe(given: dict[str, Any]) -> dict[str, Any]:
+    """Every field of `moe`: the method's settings under the given ones, the router's options checked."""
+    router = dict(given.get("router") or {})
+    named = {"name": router.pop("name")} if "name" in router else {}
+    name = resolve_moe({**given, "router": named}).router["name"]
+    options = router_section(name)
+    check_keys(router, options, "model.moe.router.")
+    checked = build_section(options, router, "model.moe.router.")
+    return dataclasses.asdict(resolve_moe({**given, "router": {**named, **checked}}))
+
+
+def router_section(name: str) -> Section:
+    """Keys of `model.moe.router:` for the router called `name`, of which only the given ones are set."""
+    return open_section(ROUTERS[name].Options, dict)
+
+
+def default_model() -> dict[str, Any]:
+    """The `model:` section when nothing is given."""
+    return model_section().build({"moe": build_moe({})})

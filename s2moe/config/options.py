@@ -1,0 +1,162 @@
+"""What a configuration may contain: a tree of typed keys, read from dataclasses.
+
+A run's settings are dataclasses whose fields are declared with `option`. `dataclass_section` turns
+such a class into a `Section`, the one description that loading, overriding, checking and `--help`
+all read. A part whose values are built in another way (the model, whose class belongs to
+transformers) supplies its own `Section`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type or impossible. Its message is meant for the user."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: its type, its default (`MISSING` when it must be given), its meaning."""
+
+    type: Any
+    default: Any = MISSING
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Named keys and sections, and how to make the section's value from the settings that were given.
+
+    `build` receives only the given keys, already checked; it raises ValueError for values that are
+    each well-typed but impossible together.
+    """
+
+    keys: Mapping[str, Key | Section]
+    build: Callable[[dict[str, Any]], Any]
+    help: str = ""
+
+
+def option(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, section: Section | None = None) -> Any:
+    """Declare a dataclass field that is a setting.
+
+    Args:
+        default: value when nothing is given; without one (and without `factory`) the key is required.
+        help: one sentence for `--help`, with the unit where there is one.
+        factory: makes a mutable default.
+        section: the keys of this field, where they do not come from a dataclass annotation.
+    """
+    metadata = {"help": help, "section": section}
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def dataclass_section(cls: type, help: str = "") -> Section:
+    """The section described by a dataclass: nested dataclasses become nested sections."""
+    hints = typing.get_type_hints(cls)
+    keys: dict[str, Key | Section] = {}
+    for item in dataclasses.fields(cls):
+        if not item.init:
+            continue
+        text = item.metadata.get("help", "")
+        explicit = item.metadata.get("section")
+        if explicit is not None:
+            keys[item.name] = explicit
+        elif dataclasses.is_dataclass(hints[item.name]):
+            keys[item.name] = dataclass_section(hints[item.name], text)
+        else:
+            keys[item.name] = Key(_hint(item, hints), default_of(item), text)
+    return Section(keys, lambda given: cls(**given), help)
+
+
+def open_section(cls: type, build: Callable[[dict[str, Any]], Any], help: str = "") -> Section:
+    """The keys of a dataclass, of which only the given ones reach `build`, nested sections as dicts.
+
+    For values whose defaults depend on one another, such as the settings of a named method.
+    """
+    hints = typing.get_type_hints(cls)
+    keys = dict(dataclass_section(cls).keys)
+    for name, known in keys.items():
+        if isinstance(known, Section):
+            keys[name] = open_section(hints[name], dict, known.help)
+    return Section(keys, build, help)
+
+
+def _hint(item: dataclasses.Field, hints: dict[str, Any]) -> Any:
+    choices = item.metadata.get("choices")
+    return Literal[tuple(choices)] if choices else hints[item.name]
+
+
+def default_of(item: dataclasses.Field) -> Any:
+    """The default value of a dataclass field, or `MISSING`."""
+    if item.default is not MISSING:
+        return item.default
+    return item.default_factory() if item.default_factory is not MISSING else MISSING
+
+
+def convert(value: Any, expected: Any, path: str) -> Any:
+    """Check `value` against the type `expected` and return it, integers becoming floats where asked.
+
+    Raises:
+        ConfigError: naming `path`, the expected type and the value.
+    """
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for candidate in arguments:
+            try:
+                return convert(value, candidate, path)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+    elif origin in (list, tuple) and isinstance(value, (list, tuple)):
+        return _convert_sequence(value, origin, arguments, path)
+    elif (origin or expected) is dict and isinstance(value, Mapping):
+        return dict(value)
+    elif expected is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif expected is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(expected, type) and isinstance(value, expected):
+        return value
+    raise ConfigError(f"{path}: expected {type_name(expected)}, got {value!r}")
+
+
+def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], path: str) -> Any:
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise ConfigError(f"{path}: expected {len(arguments)} values, got {list(value)!r}")
+        return tuple(convert(v, t, f"{path}[{i}]") for i, (v, t) in enumerate(zip(value, arguments, strict=True)))
+    element = arguments[0] if arguments else Any
+    return origin(convert(v, element, f"{path}[{i}]") for i, v in enumerate(value))
+
+
+def type_name(expected: Any) -> str:
+    """A type as a user would write it: `int`, `float or null`, `one of cosine, constant`."""
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (list, tuple):
+        inner = ", ".join(type_name(a) for a in arguments if a is not Ellipsis)
+        return f"list of {inner}" if inner else "list"
+    if expected is type(None):
+        return "null"
+    return getattr(origin or expected, "__name__", str(expected))

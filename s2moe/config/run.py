@@ -1,0 +1,260 @@
+"""The settings of a pre-training run, and the checks that can be made before anything is allocated.
+
+`configs/*.yaml` are written against these classes; `launcher/pretrain.py --help` prints them.
+Two checks need more than the file: `check_world` the number of processes, `RunConfig.model_config`
+the corpus' vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .model import default_model, model_section
+from .options import ConfigError, option
+
+if TYPE_CHECKING:
+    from s2moe.models.configuration import S2MoEConfig
+
+
+@dataclass
+class DataConfig:
+    dir: str = option(help="directory of a prepared corpus, written by `python -m data_prep`")
+    train: str = option("train", "split to train on")
+    validation: str = option("valid", "split whose bits per character are reported")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = option(3e-4, "peak learning rate of AdamW")
+    betas: tuple[float, float] = option((0.9, 0.95), "decay of AdamW's first and second moment")
+    eps: float = option(1e-8, "added to AdamW's denominator")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices; norms and biases have none")
+    clip: float = option(1.0, "largest norm of the whole gradient; 0 switches clipping off")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optimizer.lr", "must be positive", self.lr)
+        for beta in self.betas:
+            require(0 <= beta < 1, "optimizer.betas", "must lie in [0, 1)", list(self.betas))
+        require(self.eps > 0, "optimizer.eps", "must be positive", self.eps)
+        require(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative", self.weight_decay)
+        require(self.clip >= 0, "optimizer.clip", "must not be negative", self.clip)
+
+
+@dataclass
+class ScheduleConfig:
+    kind: Literal["cosine", "constant_cooldown"] = option(
+        "cosine", "cosine: falls from the first step after warm-up; constant_cooldown: flat, then linear to the end"
+    )
+    warmup_steps: int = option(0, "steps of linear warm-up from 0")
+    min_lr_ratio: float = option(0.1, "learning rate at the last step, as a fraction of the peak")
+    cooldown_fraction: float = option(0.2, "part of all steps that the cool-down takes (constant_cooldown)")
+
+    def __post_init__(self) -> None:
+        require(self.warmup_steps >= 0, "schedule.warmup_steps", "must not be negative", self.warmup_steps)
+        require(0 <= self.min_lr_ratio <= 1, "schedule.min_lr_ratio", "must lie in [0, 1]", self.min_lr_ratio)
+        require(
+            0 <= self.cooldown_fraction <= 1, "schedule.cooldown_fraction", "must lie in [0, 1]", self.cooldown_fraction
+        )
+
+
+@dataclass
+class TrainingConfig:
+    steps: int = option(help="optimizer steps of the whole run; the schedule ends here")
+    global_batch: int = option(help="sequences per optimizer step over all processes")
+    sequence_length: int = option(help="tokens per training sequence")
+    micro_batch: int | None = option(
+        None, "sequences per process and forward pass; null: global_batch / processes, no accumulation"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "dtype of weights and activations; optimizer state and router arithmetic are always float32"
+    )
+    zero_stage: int = option(1, "DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 weights too")
+    expert_parallel: int = option(1, "processes that share one copy of the experts; divides processes and experts")
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    compile: bool = option(False, "torch.compile the dense parts of the model (attention)")
+    stop_after_minutes: float | None = option(
+        None, "save a checkpoint and stop after this time; the same command then resumes"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "sequence_length", "expert_parallel"):
+            require(getattr(self, name) >= 1, f"training.{name}", "must be at least 1", getattr(self, name))
+        if self.micro_batch is not None:
+            require(self.micro_batch >= 1, "training.micro_batch", "must be at least 1", self.micro_batch)
+            require(
+                self.global_batch % self.micro_batch == 0,
+                "training.micro_batch",
+                f"must divide training.global_batch={self.global_batch}",
+                self.micro_batch,
+            )
+        if self.zero_stage == 0:
+            raise ConfigError(
+                "training.zero_stage: 0 is not supported: DeepSpeed then clips gradients by a norm that depends on "
+                "expert_parallel, and bf16 training diverges from stages 1-3. Use 1, which costs nothing more"
+            )
+        require(self.zero_stage in (1, 2, 3), "training.zero_stage", "must be 1, 2 or 3", self.zero_stage)
+        if self.stop_after_minutes is not None:
+            require(
+                self.stop_after_minutes > 0, "training.stop_after_minutes", "must be positive", self.stop_after_minutes
+            )
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = option(1000, "steps between validations; 0: only at the end")
+    context: int = option(512, "symbols of left context that every scored symbol has, where they exist")
+    segment: int = option(512, "symbols scored per window; the window holds context + segment - 1 tokens")
+    batch: int = option(16, "windows per process and forward pass")
+    max_symbols: int | None = option(
+        None, "during training score only the first so many symbols; the last validation scores all"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "evaluation.every", "must not be negative", self.every)
+        for name in ("context", "segment", "batch"):
+            require(getattr(self, name) >= 1, f"evaluation.{name}", "must be at least 1", getattr(self, name))
+        if self.max_symbols is not None:
+            require(self.max_symbols >= 2, "evaluation.max_symbols", "must be at least 2", self.max_symbols)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = option(1000, "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "complete checkpoints to keep")
+    resume: Literal["auto", "never", "must"] = option(
+        "auto", "auto: continue from the newest checkpoint if there is one; never, must: an error if there is, is not"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", "must not be negative", self.every)
+        require(self.keep >= 1, "checkpoint.keep", "must be at least 1", self.keep)
+
+
+@dataclass
+class LoggingConfig:
+    every: int = option(50, "steps between log events (metrics.jsonl, TensorBoard, progress)")
+    tensorboard: bool = option(True, "write TensorBoard event files")
+    images_every: int = option(500, "steps between load heat-maps and histograms in TensorBoard; 0: none")
+    sample_prompt: str = option("The ", "text that the sample at the end of the run continues")
+    sample_tokens: int = option(300, "tokens of that sample; 0: none")
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "logging.every", "must be at least 1", self.every)
+        require(self.images_every >= 0, "logging.images_every", "must not be negative", self.images_every)
+        require(self.sample_tokens >= 0, "logging.sample_tokens", "must not be negative", self.sample_tokens)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that decides a run. `model` holds `S2MoEConfig`'s own fields, resolved, as a plain dict."""
+
+    name: str = option(help="name of the run: its directory is output_dir/name")
+    data: DataConfig = option(help="the corpus")
+    training: TrainingConfig = option(help="length, batch and parallelism")
+    output_dir: str = option("runs", "directory of all runs")
+    seed: int = option(1, "initial weights, order of the data, dropout and noise")
+    model: dict[str, Any] = option(factory=default_model, section=model_section())
+    optimizer: OptimizerConfig = option(factory=OptimizerConfig)
+    schedule: ScheduleConfig = option(factory=ScheduleConfig)
+    evaluation: EvaluationConfig = option(factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = option(factory=CheckpointConfig)
+    logging: LoggingConfig = option(factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0"),
+            "name",
+            "must be a file name",
+            self.name,
+        )
+        training, schedule = self.training, self.schedule
+        if self.model["max_position_embeddings"] is None:
+            self.model["max_position_embeddings"] = training.sequence_length
+        require(
+            training.sequence_length <= self.model["max_position_embeddings"],
+            "training.sequence_length",
+            f"must not exceed model.max_position_embeddings={self.model['max_position_embeddings']}",
+            training.sequence_length,
+        )
+        require(
+            schedule.warmup_steps <= training.steps,
+            "schedule.warmup_steps",
+            f"must not exceed training.steps={training.steps}",
+            schedule.warmup_steps,
+        )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        moe, training = self.model["moe"], self.training
+        require(
+            moe["num_experts"] % training.expert_parallel == 0,
+            "training.expert_parallel",
+            f"must divide model.moe.num_experts={moe['num_experts']}",
+            training.expert_parallel,
+        )
+        if training.precision != "fp32":
+            for name, size in (
+                ("model.hidden_size", self.model["hidden_size"]),
+                ("model.moe.expert_hidden", moe["expert_hidden"]),
+            ):
+                require(
+                    size % 8 == 0,
+                    name,
+                    f"must be a multiple of 8 with {training.precision}: grouped matrix products need rows of 16 bytes",
+                    size,
+                )
+
+    @property
+    def directory(self) -> Path:
+        """Where the run writes everything."""
+        return Path(self.output_dir) / self.name
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes per process and optimizer step."""
+        return self.training.global_batch // (self.micro_batch(world_size) * world_size)
+
+    def micro_batch(self, world_size: int) -> int:
+        """Sequences per process and forward pass."""
+        return self.training.micro_batch or self.training.global_batch // world_size
+
+    def model_config(self, vocab_size: int) -> S2MoEConfig:
+        """The model's configuration for a corpus of `vocab_size` symbols.
+
+        Raises:
+            ConfigError: if `model.vocab_size` is given and smaller than the corpus needs.
+        """
+        from s2moe.models.configuration import S2MoEConfig
+
+        given = self.model["vocab_size"]
+        require(
+            given is None or given >= vocab_size,
+            "model.vocab_size",
+            f"the corpus {self.data.dir} has {vocab_size} symbols",
+            given,
+        )
+        return S2MoEConfig(**{**self.model, "vocab_size": given or vocab_size})
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError where the run cannot be dealt to `world_size` processes."""
+    training = config.training
+    require(
+        world_size % training.expert_parallel == 0,
+        "training.expert_parallel",
+        f"must divide the number of processes, {world_size}",
+        training.expert_parallel,
+    )
+    require(
+        training.global_batch % (world_size * (training.micro_batch or 1)) == 0,
+        "training.global_batch",
+        f"must be a multiple of processes x micro_batch = {world_size} x {training.micro_batch or 1}",
+        training.global_batch,
+    )
+
+
+def require(condition: bool, key: str, rule: str, value: Any) -> None:
+    """Raise ConfigError naming the key, the rule and the offending value unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}: {rule}, got {value!r}")

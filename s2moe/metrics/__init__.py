@@ -1,0 +1,1 @@
+"""Figures that describe routing and experts: plain functions, for text and vision alike."""

@@ -1,0 +1,1 @@
+"""The training loop on the DeepSpeed engine, and what surrounds it: checkpoints, evaluation, logs, export."""

@@ -1,0 +1,70 @@
+"""What a person sees of a running job: a progress bar in a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+
+class Console:
+    """Progress of the steps `step` to `steps`, written to `stream` (standard error)."""
+
+    def __init__(self, steps: int, step: int = 0, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._steps = steps
+        self._shown, self._shown_at = step, time.monotonic()
+        self._bar: Any = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def event(self, step: int, values: dict[str, Any]) -> None:
+        """Show the figures of a log event."""
+        figures = format_figures(values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures)
+        else:
+            now = time.monotonic()
+            per_step = (now - self._shown_at) / max(1, step - self._shown)
+            self._shown, self._shown_at = step, now
+            left = format_seconds(per_step * (self._steps - step))
+            print(f"step {step}/{self._steps}  {figures}  {left} left", file=self._stream, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_figures(values: dict[str, Any]) -> str:
+    """The figures a person watches, those that an event has: loss, BPC, speed, MFU, learning rate, gradient norm."""
+    shown = [
+        ("train/loss", "loss {:.4f}"),
+        ("train/bpc", "bpc {:.4f}"),
+        ("val/bpc", "val bpc {:.4f}"),
+        ("tokens_per_second", "{:,.0f} tok/s"),
+        ("mfu", "MFU {:.1%}"),
+        ("lr", "lr {:.2e}"),
+        ("grad_norm", "grad norm {:.3g}"),
+    ]
+    return "  ".join(text.format(values[key]) for key, text in shown if values.get(key) is not None)
+
+
+def format_seconds(seconds: float) -> str:
+    """2:05 or 1:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,79 @@
+"""From a run's settings to a DeepSpeed engine around the model."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from s2moe.config.run import RunConfig
+from s2moe.models import S2MoEForCausalLM
+from s2moe.models.configuration import S2MoEConfig
+from s2moe.parallel import deepspeed_compat
+
+from .processes import Processes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_engine(config: RunConfig, model_config: S2MoEConfig, processes: Processes) -> Any:
+    """The engine: this process' part of the model, its optimizer, ZeRO and mixed precision. Collective.
+
+    Only the experts this process owns are ever built; initial weights do not depend on the number of
+    processes.
+    """
+    import deepspeed
+
+    parallel = deepspeed_compat.expert_parallel(config.training.expert_parallel)
+    torch.manual_seed(config.seed)
+    model = S2MoEForCausalLM(model_config, parallel).to(processes.device)
+    if config.training.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        deepspeed_compat.optimizer_groups(model, settings.weight_decay),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, processes.world_size),
+        dist_init_required=False,
+    )
+    if config.training.compile:
+        compile_dense_parts(model)
+    return engine
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a run. Its learning-rate schedule and logging stay unused."""
+    training = config.training
+    return {
+        "train_batch_size": training.global_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch(world_size),
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.optimizer.clip,
+        "zero_optimization": {"stage": training.zero_stage, "contiguous_gradients": True, "reduce_scatter": True},
+        "zero_allow_untested_optimizer": True,
+        # Without it bf16 gradients of accumulated micro-batches are added up in bf16.
+        "data_types": {"grad_accum_dtype": None if training.precision == "fp16" else "fp32"},
+        "bf16": {"enabled": training.precision == "bf16"},
+        "fp16": {"enabled": training.precision == "fp16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def compile_dense_parts(model: S2MoEForCausalLM) -> None:
+    """torch.compile each block's attention, in place. Routing and experts have shapes that change at every step."""
+    for layer in model.model.layers:
+        cast(nn.Module, layer.attention).compile()
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the learning rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

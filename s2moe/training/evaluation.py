@@ -1,0 +1,139 @@
+"""Bits per character of a model on a split, by this project's convention and by the papers'.
+
+BPC = negative log-likelihood in nats / (ln 2 x symbols), summed in float64. By convention every
+symbol of the split is scored exactly once, with at least `context` symbols before it where they
+exist; the first symbol, which has none, costs log2(vocabulary) bits.
+
+Legend: W windows, B windows of a batch, L tokens of a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .windows import LEGACY_PROTOCOLS, Windows, sliding_windows
+
+SLIDING = "sliding"
+PROTOCOLS = (SLIDING, *LEGACY_PROTOCOLS)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model made of a token stream: `nats` over `tokens` scored tokens, which stand for `symbols` symbols."""
+
+    nats: float
+    tokens: int
+    symbols: float
+
+    @property
+    def bits_per_symbol(self) -> float:
+        """BPC where a symbol is a character or a byte."""
+        return self.nats / (math.log(2) * self.symbols)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token), the usual figure for word-level corpora."""
+        return math.exp(self.nats / self.tokens)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How to score: the plan's name, for `sliding` its sizes, and how the model is run."""
+
+    name: str = SLIDING
+    context: int = 512
+    segment: int = 512
+    batch: int = 16
+    max_symbols: int | None = None  # score the first so many only (sliding)
+    attention_window: int | None = None  # a token attends to the last so many; None: to the whole window
+    experts_per_token: int | None = None  # k' at inference; None: as trained
+
+    def windows(self, tokens: int) -> Windows:
+        """The windows for a stream of so many tokens."""
+        if self.name == SLIDING:
+            return sliding_windows(tokens, self.context, self.segment)
+        return LEGACY_PROTOCOLS[self.name][0](tokens)
+
+
+def evaluate(model: nn.Module, stream: Any, vocab_size: int, protocol: Protocol, device: torch.device) -> Score:
+    """Score a token stream (an array with `.symbols`) with `model`. Collective over all processes.
+
+    The windows are dealt out so that every process makes equally many forward passes, which expert
+    parallelism needs. The model must be in evaluation mode.
+
+    Raises:
+        ValueError: if the stream is too short for the protocol.
+    """
+    total = len(stream) if protocol.max_symbols is None else min(len(stream), protocol.max_symbols)
+    windows = protocol.windows(total)
+    if len(windows) == 0:
+        raise ValueError(f"a split of {total} tokens is too short for the protocol {protocol.name!r}")
+    nats = _negative_log_likelihood(model, stream, windows, protocol, device)
+    tokens = int((windows[:, 2] - windows[:, 1]).sum())
+    if protocol.name == SLIDING:
+        nats += math.log(vocab_size)
+        tokens += 1
+    return Score(nats, tokens, tokens * (stream.symbols / len(stream)))
+
+
+def _negative_log_likelihood(
+    model: nn.Module, stream: Any, windows_W3: Windows, protocol: Protocol, device: torch.device
+) -> float:
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    length = int((windows_W3[:, 2] - windows_W3[:, 0]).max()) - 1
+    batch = min(protocol.batch, math.ceil(len(windows_W3) / world))
+    rounds = math.ceil(len(windows_W3) / (batch * world))
+    arguments: dict[str, Any] = {"use_cache": False}
+    if protocol.attention_window is not None and protocol.attention_window < length:
+        dtype = next(model.parameters()).dtype
+        arguments["attention_mask"] = attention_mask(length, protocol.attention_window, dtype, device)
+    if protocol.experts_per_token is not None:
+        arguments["experts_per_token"] = protocol.experts_per_token
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for index in range(rounds):
+            begin = (index * world + rank) * batch
+            tokens_BL, scored_BL = gather_windows(stream, windows_W3[begin : begin + batch], batch, length)
+            tokens_BL, scored_BL = tokens_BL.to(device), scored_BL.to(device)
+            logits_BLV = model(input_ids=tokens_BL[:, :-1], **arguments).logits
+            nats += _cross_entropy(logits_BLV, tokens_BL[:, 1:], scored_BL)
+    if world > 1:
+        dist.all_reduce(nats)
+    return float(nats)
+
+
+def gather_windows(stream: Any, windows_W3: Windows, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens [batch, length + 1] of the windows and which of their targets count, [batch, length].
+
+    Windows that are shorter are filled up with zeros on the right, which no scored token can see;
+    missing windows are all zeros and score nothing.
+    """
+    tokens = np.zeros((batch, length + 1), dtype=np.int64)
+    scored = np.zeros((batch, length), dtype=bool)
+    for row, (start, first, end) in enumerate(windows_W3):
+        tokens[row, : end - start] = stream[start:end]
+        scored[row, first - start - 1 : end - start - 1] = True
+    return torch.from_numpy(tokens), torch.from_numpy(scored)
+
+
+def attention_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask [1, 1, L, L]: 0 where a token may look, at itself and the `window - 1` before it, else -inf.
+
+    So no relative position occurs that the model never saw in training, however long the context.
+    """
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)[None, None]
+
+
+def _cross_entropy(logits_BLV: Tensor, target_BL: Tensor, scored_BL: Tensor) -> Tensor:
+    log_prob_BLV = logits_BLV.float().log_softmax(-1)
+    nats_BL = -log_prob_BLV.gather(-1, target_BL[..., None]).squeeze(-1)
+    return nats_BL.masked_fill(~scored_BL, 0.0).sum(dtype=torch.float64)

@@ -1,0 +1,106 @@
+"""From the spread-out model of a run to one plain Hugging Face directory.
+
+Every process holds some experts (expert parallelism) and perhaps only a slice of each weight
+(ZeRO-3). They are gathered one parameter at a time to process 0, which writes `hf/` under another
+name and renames it, so that the directory is complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from s2moe.data import Tokenizer
+from s2moe.models import S2MoEForCausalLM
+from s2moe.models.configuration import S2MoEConfig
+from s2moe.moe.layer import SMoELayer
+from s2moe.parallel import ExpertParallel
+
+HF_DIRECTORY = "hf"
+ORIGIN_FILE = "training.json"  # which step of which run the weights are
+
+
+def export_engine(engine: Any, run_directory: Path, tokenizer: Tokenizer, step: int) -> Path:
+    """Write the engine's model to `run_directory/hf`. Collective; process 0 writes."""
+    state = gather_state(engine.module)
+    target = run_directory / HF_DIRECTORY
+    if state is not None:
+        write_hf(engine.module.config, state, target, tokenizer, {"run": run_directory.name, "step": step})
+    if dist.is_initialized():
+        dist.barrier()
+    return target
+
+
+def gather_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The whole model's state dict, on the CPU, on process 0; None on the others. Collective."""
+    experts = expert_parameters(model)
+    keep = not dist.is_initialized() or dist.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with _whole(parameter), torch.no_grad():
+            tensor = parameter.detach()
+            if name in experts:
+                tensor = gather_experts(tensor, experts[name])
+            if keep:
+                state[name] = tensor.to("cpu", copy=True)
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved and keep:
+            state[name] = buffer.detach().to("cpu", copy=True)
+    return state if keep else None
+
+
+def expert_parameters(model: nn.Module) -> dict[str, ExpertParallel]:
+    """The names of the parameters that are dealt out over processes, and how."""
+    return {
+        f"{path}.experts.{name}": layer.parallel
+        for path, layer in model.named_modules()
+        if isinstance(layer, SMoELayer)
+        for name in ("w1", "w2", "w3")
+    }
+
+
+def gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
+    """All experts [E, ., .] from the local ones [L, ., .]. Collective over the expert-parallel group."""
+    if parallel.size == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(parallel.size)]
+    dist.all_gather(parts, local.contiguous(), group=parallel.group)
+    return torch.cat(parts)
+
+
+def write_hf(
+    config: S2MoEConfig, state: dict[str, Tensor], target: Path, tokenizer: Tokenizer | None, origin: dict[str, Any]
+) -> None:
+    """Write configuration, weights, tokenizer and origin to `target`, replacing it as a whole."""
+    temporary, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".tmp-old-{target.name}")
+    for path in (temporary, old):
+        shutil.rmtree(path, ignore_errors=True)
+    with torch.device("meta"):
+        model = S2MoEForCausalLM(config).to(next(iter(state.values())).dtype)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(temporary, state_dict=state)
+    if tokenizer is not None:
+        tokenizer.save(temporary)
+    (temporary / ORIGIN_FILE).write_text(json.dumps(origin), encoding="utf-8")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Within it, a parameter that ZeRO-3 has cut up is whole."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])

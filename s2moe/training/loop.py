@@ -1,0 +1,208 @@
+"""The training loop on the DeepSpeed engine.
+
+Whatever is random is keyed by (seed, step, micro-batch), and the data by the number of samples
+consumed. So the loop carries no hidden state: an interrupted run continues exactly, and one process
+that accumulates two micro-batches does what two processes with one each do.
+
+Legend: B sequences of a micro-batch, S sequence length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from s2moe.config.run import RunConfig
+from s2moe.data import WindowSampler, microbatch_start
+from s2moe.moe.routing import LayerStatistics, RoutingContext
+
+from .checkpoint import TrainingState
+from .diagnosis import find_cause
+from .engine import set_learning_rate
+from .errors import TrainingError
+from .processes import Processes
+from .routing_totals import RoutingTotals
+from .run_log import RunLog
+from .schedule import lr_multiplier
+
+LOSSES = ("train/loss", "train/task_loss", "train/aux_loss")
+
+
+@dataclass
+class TrainingLoop:
+    """Trains from `state.step` to the last step.
+
+    Args:
+        sampler: the training sequences.
+        bits_per_nat: turns the task loss into bits per symbol of the training split.
+        validate: called with the step; logs a validation. Collective.
+        save: called after a step; writes a checkpoint of `state`. Collective.
+        flops_per_token, peak_flops: for MFU; the peak is of one process' device, None where unknown.
+    """
+
+    config: RunConfig
+    engine: Any
+    processes: Processes
+    sampler: WindowSampler
+    state: TrainingState
+    log: RunLog
+    bits_per_nat: float
+    validate: Callable[[int], None]
+    save: Callable[[], None]
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
+    _routing: RoutingTotals = field(default_factory=RoutingTotals)
+    _interval: list[list[float]] = field(default_factory=list)  # losses of each step since the last log event
+    _interval_seconds: float = 0.0
+    _started: float = field(default_factory=time.monotonic)
+
+    def run(self) -> bool:
+        """Train; True when the last step is done, False when the time was up before.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite. No checkpoint is written then.
+        """
+        steps, stop = self.config.training.steps, False
+        self.engine.train()
+        while self.state.step < steps and not stop:
+            begin = time.monotonic()
+            stop = self._step()
+            seconds = time.monotonic() - begin
+            self.state.seconds += seconds
+            self._interval_seconds += seconds
+            self.log.step()
+            self._after_step(stop)
+        return self.state.step >= steps
+
+    def _after_step(self, stop: bool) -> None:
+        step, last = self.state.step, self.state.step == self.config.training.steps
+        save = _due(step, self.config.checkpoint.every) or last or stop
+        # A log event averages over the steps since the one before. With one at every checkpoint, no
+        # average spans an interruption.
+        if _due(step, self.config.logging.every) or step == 1 or save:
+            self._log_event()
+        if _due(step, self.config.evaluation.every) or last:
+            self.validate(step)
+            self.engine.train()
+        if save:
+            self.save()
+
+    def _step(self) -> bool:
+        """One optimizer step; True when a process asks to stop."""
+        config = self.config
+        factor = lr_multiplier(config.schedule, self.state.step, config.training.steps)
+        set_learning_rate(self.engine, config.optimizer.lr * factor)
+        accumulation = config.accumulation_steps(self.processes.world_size)
+        losses: list[Tensor] = []
+        routing: list[tuple[LayerStatistics, ...]] = []
+        for index in range(accumulation):
+            output = self._forward(index)
+            self.engine.backward(output.loss)
+            losses.append(torch.stack([loss.detach().float() for loss in _losses(output)]))
+            if output.routing:
+                routing.append(tuple(layer._replace(loss=layer.loss.detach()) for layer in output.routing))
+                self._routing.add(routing[-1])
+            if index == accumulation - 1:
+                stop = self._agree(losses)
+            del output
+            self.engine.step()
+        self._require_finite_gradient()
+        self.engine.module.update_routers(routing)
+        self.state.step += 1
+        self.state.samples += config.training.global_batch
+        self.state.tokens += config.training.global_batch * config.training.sequence_length
+        return stop
+
+    def _forward(self, index: int) -> Any:
+        """Forward pass of this process' micro-batch with this accumulation index."""
+        rank, world = self.processes.rank, self.processes.world_size
+        size = self.config.micro_batch(world)
+        first = microbatch_start(self.state.samples, size, rank, world, index)
+        tokens_BS = torch.from_numpy(self.sampler.batch(first, size))
+        if self.processes.device.type == "cuda":
+            tokens_BS = tokens_BS.pin_memory().to(self.processes.device, non_blocking=True)
+        context = RoutingContext(seed=self.config.seed, step=self.state.step, microbatch=index * world + rank)
+        torch.manual_seed(_dropout_seed(context))
+        return self.engine(
+            input_ids=tokens_BS[:, :-1], shift_labels=tokens_BS[:, 1:].contiguous(), context=context, use_cache=False
+        )
+
+    def _agree(self, losses: list[Tensor]) -> bool:
+        """Mean losses of the step over all processes, kept for the log; True when a process asks to stop.
+
+        The only wait for the device in a step. It comes before the optimizer, so that a bad loss
+        never reaches the weights.
+        """
+        limit = self.config.training.stop_after_minutes
+        asks = limit is not None and time.monotonic() - self._started > 60 * limit
+        total = torch.stack(losses).mean(0).double()
+        total = torch.cat([total, total.new_tensor([float(asks)])])
+        if self.processes.world_size > 1:
+            dist.all_reduce(total)
+        *mean, stop = (total / self.processes.world_size).tolist()
+        if not math.isfinite(mean[0]):
+            cause = find_cause(self.engine.module, [loss[0] for loss in losses], self._forward)
+            raise TrainingError(self._stopped(cause))
+        self._interval.append(mean)
+        return stop > 0
+
+    def _require_finite_gradient(self) -> None:
+        norm = self._gradient_norm()
+        overflow_is_normal = self.config.training.precision == "fp16"  # dynamic loss scaling skips such steps
+        if norm is not None and not math.isfinite(norm) and not overflow_is_normal:
+            raise TrainingError(self._stopped(f"the gradient is not finite (norm {norm}), although the loss is"))
+
+    def _stopped(self, cause: str) -> str:
+        return (
+            f"training stopped at step {self.state.step + 1}: {cause}. Nothing was saved since the last checkpoint, "
+            "which is intact: the same command continues from there. Try a lower optimizer.lr, a longer "
+            "schedule.warmup_steps or a smaller optimizer.clip"
+            + (", or bf16 instead of fp16" if self.config.training.precision == "fp16" else "")
+        )
+
+    def _gradient_norm(self) -> float | None:
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _log_event(self) -> None:
+        config, steps = self.config, len(self._interval)
+        means = [sum(column) / steps for column in zip(*self._interval, strict=True)]
+        tokens = steps * config.training.global_batch * config.training.sequence_length
+        speed = tokens / max(self._interval_seconds, 1e-9)
+        values: dict[str, Any] = dict(zip(LOSSES, means, strict=True))
+        values["train/bpc"] = means[1] * self.bits_per_nat
+        values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
+        values["grad_norm"] = self._gradient_norm()
+        values["tokens_per_second"] = speed
+        if self.peak_flops:
+            values["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.processes.world_size)
+        if config.training.precision == "fp16":
+            values["loss_scale"] = float(self.engine.optimizer.cur_scale)
+            values["skipped_steps"] = self.engine.skipped_steps
+        if self.processes.device.type == "cuda":
+            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        values |= {"samples": self.state.samples, "tokens": self.state.tokens, "seconds": self.state.seconds}
+        self.log.training(self.state.step, values, self._routing.reduce())
+        self._interval, self._interval_seconds = [], 0.0
+
+
+def _losses(output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    aux = output.aux_loss if output.aux_loss is not None else torch.zeros_like(output.task_loss)
+    return output.loss, output.task_loss, aux
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _dropout_seed(context: RoutingContext) -> int:
+    key = f"dropout/{context.seed}/{context.step}/{context.microbatch}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,112 @@
+"""Which process this is, and how the processes of a run find one another.
+
+One launcher serves four starters, which say it differently:
+    deepspeed, torchrun   RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set
+    srun                  SLURM_* are set; they are mapped to the above
+    python                nothing is set: one process
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from s2moe.config.options import ConfigError
+from s2moe.parallel import deepspeed_compat
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks for the run: it logs, and writes what all would write alike."""
+        return self.rank == 0
+
+
+def start_processes() -> Processes:
+    """Join the run's process group (NCCL with GPUs, gloo without) and pick this process' device.
+
+    Raises:
+        ConfigError: more processes on this machine than GPUs.
+    """
+    import deepspeed
+
+    describe_process(os.environ)
+    rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    on_gpu = deepspeed.get_accelerator().device_name() == "cuda"
+    if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}. "
+                f"Start that many processes, or hide the GPUs with DS_ACCELERATOR=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
+    deepspeed_compat.init_distributed("nccl" if on_gpu else "gloo")
+    return Processes(rank, local_rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"))
+
+
+def stop_processes() -> None:
+    """Leave the process group, so that a finished run ends without warnings."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def describe_process(environment: MutableMapping[str, str]) -> None:
+    """Fill in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the starter did not set them."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        environment.setdefault("LOCAL_RANK", "0")
+    elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+        for name, value in slurm_process(environment).items():
+            environment.setdefault(name, value)
+    else:
+        environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+
+
+def slurm_process(environment: MutableMapping[str, str]) -> dict[str, str]:
+    """This process in the usual variables, from those that srun sets for every task of a job step.
+
+    All tasks derive the same address: the first host, and a port from the job's number, so that two
+    jobs on one machine do not meet.
+    """
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
+    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1"),
+        "LOCAL_WORLD_SIZE": (environment.get("SLURM_STEP_TASKS_PER_NODE") or "1").partition("(")[0].partition(",")[0],
+        "MASTER_ADDR": first_host(hosts),
+        "MASTER_PORT": str(20000 + (7 * job + step) % 30000),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: `gpu[003-010,12],login1` is gpu003."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\](.*?)(?:,|$))?", nodelist)
+    if match is None:
+        raise ConfigError(f"cannot read the Slurm node list {nodelist!r}")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

@@ -1,0 +1,72 @@
+"""What a finished run tells the person who started it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from s2moe.config.run import RunConfig
+from s2moe.data import Corpus, compressor_bits
+from s2moe.models import S2MoEForCausalLM
+
+from .console import format_seconds
+from .evaluation import Score
+from .run import Result
+
+LARGEST_TEXT = 16 * 2**20  # bytes of training text up to which the compressors are run: a minute at most
+UNITS = {"byte": "bits per character", "character": "bits per character", "word": "bits per word"}
+
+
+def report(config: RunConfig, result: Result) -> str:
+    """The closing text of a finished run: validation figure, what compressors reach, a sample, the directory."""
+    corpus = Corpus.open(config.data.dir)
+    assert result.score is not None
+    assert result.hf is not None
+    parts = [
+        f"{config.training.steps:,} steps, {result.state.tokens:,} tokens, "
+        f"{format_seconds(result.state.seconds)} of training",
+        comparison(corpus, config.data.train, config.data.validation, result.score),
+    ]
+    if config.logging.sample_tokens:
+        text = sample(result.hf, corpus, config.logging.sample_prompt, config.logging.sample_tokens, config.seed)
+        parts.append(f"sample:\n{text}")
+    parts.append(f"run directory: {result.directory}")
+    return "\n\n".join(parts)
+
+
+def comparison(corpus: Corpus, train: str, validation: str, score: Score) -> str:
+    """The validation figure, beside what gzip, bzip2 and xz make of the same bytes where the text is small."""
+    unit = UNITS[corpus.metadata.symbol]
+    head = (
+        f"{validation}: {score.bits_per_symbol:.4f} {unit} "
+        f"({score.symbols:,.0f} {corpus.metadata.symbol}s, every one scored)"
+    )
+    if corpus.metadata.symbol == "word" or corpus.path(train).stat().st_size > LARGEST_TEXT:
+        return head
+    bits = compressor_bits(corpus.text_bytes(validation), corpus.text_bytes(train))
+    rows = [f"  {'compressor, bits per byte':28}{'alone':>8}{'given the training text':>26}"]
+    rows += [f"  {name:28}{both['alone']:>8.3f}{both['given']:>26.3f}" for name, both in bits.items()]
+    return "\n".join([head, *rows])
+
+
+def sample(hf: Path, corpus: Corpus, prompt: str, tokens: int, seed: int) -> str:
+    """A continuation of `prompt` by the exported model, drawn at temperature 0.8.
+
+    The model never sees more tokens at once than in training: a long sample is drawn in pieces, each
+    from the half window before it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = S2MoEForCausalLM.from_pretrained(hf, dtype="auto").eval().to(device)
+    half = model.config.max_position_embeddings // 2
+    ids = torch.from_numpy(corpus.tokenizer.encode(prompt).astype(np.int64))[None].to(device)
+    total = ids.shape[1] + tokens
+    torch.manual_seed(seed)
+    while (left := total - ids.shape[1]) > 0:
+        seen = ids[:, -half:]
+        drawn = model.generate(
+            seen, max_new_tokens=min(left, half), do_sample=True, temperature=0.8, top_k=0, pad_token_id=0
+        )
+        ids = torch.cat((ids, drawn[:, seen.shape[1] :]), dim=1)
+    return corpus.tokenizer.decode(ids[0].cpu().numpy())

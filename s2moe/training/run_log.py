@@ -1,0 +1,82 @@
+"""Where the figures of a run go: metrics.jsonl, TensorBoard and the console. Only process 0 writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from s2moe.config.run import RunConfig
+from s2moe.metrics.load import load_figures
+
+from .console import Console, format_figures
+from .metrics_log import MetricsLog
+from .routing_totals import LayerTotals
+from .tensorboard import TensorBoard
+
+
+class RunLog:
+    """The log of a run that continues from `step`. On processes other than 0 every method does nothing."""
+
+    def __init__(self, config: RunConfig, directory: Path, step: int, is_main: bool) -> None:
+        self._images_every = config.logging.images_every
+        self._images_at = step
+        self._metrics = MetricsLog(directory / "metrics.jsonl", step) if is_main else None
+        self._console = Console(config.training.steps, step) if is_main else None
+        self._tensorboard = None
+        if is_main and config.logging.tensorboard:
+            self._tensorboard = TensorBoard(directory / "tensorboard", step)
+
+    def step(self) -> None:
+        """One optimizer step is done."""
+        if self._console is not None:
+            self._console.step()
+
+    def training(self, step: int, values: dict[str, Any], layers: Sequence[LayerTotals]) -> None:
+        """A log event of training: its figures, and what every SMoE layer did."""
+        values = values | layer_figures(layers)
+        self._write(step, values)
+        if self._console is not None:
+            self._console.event(step, values)
+        if self._tensorboard is not None and self._images_due(step):
+            self._tensorboard.loads(step, layers)
+
+    def validation(self, step: int, values: dict[str, Any]) -> None:
+        """A log event of a validation."""
+        self._write(step, values)
+        self.say(f"step {step}: {format_figures(values)}")
+
+    def say(self, text: str) -> None:
+        """Tell the person at the console something."""
+        if self._console is not None:
+            self._console.say(text)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for sink in (self._metrics, self._tensorboard, self._console):
+            if sink is not None:
+                sink.close()
+
+    def _images_due(self, step: int) -> bool:
+        """Whether a multiple of `images_every` was passed since the last pictures."""
+        due = bool(self._images_every) and step // self._images_every > self._images_at // self._images_every
+        if due:
+            self._images_at = step
+        return due
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, values)
+
+
+def layer_figures(layers: Sequence[LayerTotals]) -> dict[str, Any]:
+    """Every layer's load figures and reported means, as `layer_3/load_entropy`, and its load as a list."""
+    return {
+        f"layer_{layer.layer}/{name}": value
+        for layer in layers
+        for name, value in (
+            {"load": [round(load, 4) for load in layer.load_E]} | load_figures(layer.counts_E) | layer.means
+        ).items()
+    }

@@ -1,0 +1,35 @@
+"""The learning-rate schedule: a pure function of the step, so that it needs no state and no resuming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from s2moe.config.run import ScheduleConfig
+
+
+def lr_multiplier(schedule: ScheduleConfig, step: int, steps: int) -> float:
+    """Factor of the peak learning rate for the update number `step` (from 0) of `steps`.
+
+    Warm-up is linear and reaches 1 at update `warmup_steps - 1`. Then either half a cosine from 1 to
+    `min_lr_ratio`, or 1 until the last `cooldown_fraction` of the run and a straight line to
+    `min_lr_ratio`; both arrive there at the last update, `steps - 1`.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.kind == "cosine":
+        start = schedule.warmup_steps
+        shape: Callable[[float], float] = math.cos
+    else:
+        start = max(schedule.warmup_steps, steps - round(schedule.cooldown_fraction * steps))
+        shape = _straight
+    if step < start:
+        return 1.0
+    progress = min(1.0, (step - start) / max(1, steps - 1 - start))
+    height = (1 + shape(math.pi * progress)) / 2  # 1 at the start, 0 at the end
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * height
+
+
+def _straight(angle: float) -> float:
+    """The straight line with the end points of a cosine: 1 at 0, -1 at pi."""
+    return 1 - 2 * angle / math.pi

@@ -1,0 +1,158 @@
+"""Read the weights of a run in one process, wherever they are.
+
+`find_weights` takes what a user has: a run directory, an `hf/` directory or one checkpoint. A run's
+`hf/` is preferred unless a newer checkpoint exists.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2moe.config.options import ConfigError
+from s2moe.models import S2MoEForCausalLM
+from s2moe.models.configuration import S2MoEConfig
+from s2moe.parallel.deepspeed_compat import to_universal
+
+from .checkpoint import MANIFEST, Checkpoint, find_latest, open_checkpoint
+from .engine import DTYPES
+from .export import HF_DIRECTORY, ORIGIN_FILE
+
+_EXPERT_KEY = re.compile(r"(.*\.experts\.w[123])\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights were found: a Hugging Face directory or a complete checkpoint."""
+
+    hf: Path | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def description(self) -> str:
+        """For the user: which weights these are."""
+        if self.hf is not None:
+            return str(self.hf)
+        assert self.checkpoint is not None
+        return f"{self.checkpoint.path} (step {self.checkpoint.state.step})"
+
+
+def find_weights(path: Path) -> Weights:
+    """Locate the newest weights under `path`.
+
+    Raises:
+        ConfigError: if there are none, saying what was looked for.
+    """
+    if (path / "config.json").is_file():
+        return Weights(hf=path)
+    if (path / MANIFEST).is_file():
+        return Weights(checkpoint=open_checkpoint(path))
+    latest = find_latest(path / "checkpoints")
+    hf = path / HF_DIRECTORY
+    if (hf / "config.json").is_file() and (latest is None or _step_of(hf) >= latest.state.step):
+        return Weights(hf=hf)
+    if latest is None:
+        raise ConfigError(
+            f"no weights in {path}: expected a run directory (with {HF_DIRECTORY}/ or a complete checkpoint under "
+            f"checkpoints/), a Hugging Face directory (config.json) or one checkpoint ({MANIFEST})"
+        )
+    return Weights(checkpoint=latest)
+
+
+def load_run_weights(path: Path) -> S2MoEForCausalLM:
+    """The model of a run, Hugging Face or checkpoint directory, on the CPU, in evaluation mode."""
+    return load_weights(find_weights(path))
+
+
+def load_weights(weights: Weights) -> S2MoEForCausalLM:
+    """The model with these weights, on the CPU, in evaluation mode."""
+    if weights.hf is not None:
+        return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
+    assert weights.checkpoint is not None
+    config = checkpoint_config(weights.checkpoint)
+    state = checkpoint_state(weights.checkpoint)
+    model = S2MoEForCausalLM(config)
+    for parameter in model.parameters():  # buffers stay float32
+        parameter.data = parameter.data.to(DTYPES[weights.checkpoint.state.precision])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
+    if missing or unexpected:
+        raise ConfigError(
+            f"the checkpoint {weights.checkpoint.path} does not fit its own configuration: "
+            f"missing {missing}, unexpected {unexpected}"
+        )
+    return model.eval()
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> S2MoEConfig:
+    """The model configuration that a checkpoint was trained with."""
+    return S2MoEConfig(**checkpoint.state.config["model"])
+
+
+def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The whole model's state dict out of a checkpoint's files, in the precision of the run."""
+    if checkpoint.state.zero_stage == 3:
+        dtype = DTYPES[checkpoint.state.precision]  # the files hold the optimizer's float32 copy
+        state = {name: tensor.to(dtype) for name, tensor in _partitioned_weights(checkpoint.path).items()}
+        return state | _buffers(checkpoint.path)
+    state = _load(checkpoint.path / "mp_rank_00_model_states.pt")["module"]
+    experts: dict[str, dict[int, Tensor]] = {}
+    for file in checkpoint.path.glob("layer_*_expert_*_mp_rank_00_model_states.pt"):
+        for key, tensor in _load(file).items():
+            match = _EXPERT_KEY.fullmatch(key)
+            if match:
+                experts.setdefault(match[1], {})[int(match[2])] = tensor
+    for name, tensors in experts.items():
+        state[name] = torch.stack([tensors[index] for index in range(len(tensors))])
+    return state
+
+
+def _partitioned_weights(path: Path) -> dict[str, Tensor]:
+    """ZeRO-3: every process' file holds slices of all weights; DeepSpeed's converter puts them together."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-universal-", dir=path.parent) as folder:
+        to_universal(path, Path(folder))
+        shapes = {}
+        for group in _first_rank(path)["param_shapes"]:
+            shapes.update(group)
+        state = {}
+        for file in sorted(Path(folder, "zero").glob("*/fp32.pt")):
+            tensor = _load(file)
+            state[file.parent.name] = tensor["param"] if isinstance(tensor, dict) else tensor
+        return {name: _shaped(name, tensor, shapes) for name, tensor in state.items()}
+
+
+def _buffers(path: Path) -> dict[str, Tensor]:
+    first = _first_rank(path)
+    return {name: tensor for name, tensor in first["module"].items() if name in set(first["buffer_names"])}
+
+
+def _first_rank(path: Path) -> dict[str, Any]:
+    return _load(min(path.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")))
+
+
+def _shaped(name: str, tensor: Tensor, shapes: dict[str, Any]) -> Tensor:
+    """The converter leaves dense weights flat; experts come whole, [E, ., .], though each file holds [L, ., .]."""
+    shape = tuple(shapes[name])
+    return tensor.reshape(-1, *shape[1:]) if _is_expert(name) else tensor.reshape(shape)
+
+
+def _is_expert(name: str) -> bool:
+    return re.fullmatch(r".*\.experts\.w[123]", name) is not None
+
+
+def _step_of(hf: Path) -> int:
+    try:
+        return int(json.loads((hf / ORIGIN_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)

@@ -1,0 +1,169 @@
+"""A checkpoint is complete or absent, whatever interrupts writing it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2moe.config import ConfigError
+from s2moe.training import checkpoint
+from s2moe.training.checkpoint import TrainingState, find_latest, open_checkpoint, remove_temporary, require_same, save
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the code under test runs after it."""
+
+
+class FakeEngine:
+    """Writes two files like DeepSpeed, one of them in a sub-directory; can be killed between them."""
+
+    def __init__(self, killed: bool = False) -> None:
+        self.killed = killed
+
+    def save_checkpoint(self, directory: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        assert not save_latest
+        path = Path(directory, tag, "part")
+        path.mkdir(parents=True)
+        (path / "a.pt").write_bytes(b"a" * 10)
+        if self.killed:
+            raise Killed
+        (path.parent / "b.pt").write_bytes(b"b" * client_state["step"])
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_save_and_keep_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(FakeEngine(), tmp_path, TrainingState(step=step, samples=8 * step), keep=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    latest = find_latest(tmp_path)
+    assert latest is not None
+    assert latest.state == TrainingState(step=3, samples=24)
+
+
+def test_killed_while_writing_leaves_the_old_one(tmp_path: Path) -> None:
+    save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
+    with pytest.raises(Killed):
+        save(FakeEngine(killed=True), tmp_path, TrainingState(step=2), keep=1)
+    latest = find_latest(tmp_path)
+    assert latest is not None
+    assert latest.state.step == 1
+    remove_temporary(tmp_path)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("where", ["os.rename", "_write_manifest", "_remove"])
+def test_killed_while_publishing_leaves_a_complete_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        target = checkpoint.os if where.startswith("os.") else checkpoint
+        patch.setattr(target, where.removeprefix("os."), kill)
+        with pytest.raises(Killed):
+            save(FakeEngine(), tmp_path, TrainingState(step=2), keep=1)
+    remove_temporary(tmp_path)
+    latest = find_latest(tmp_path)
+    assert latest is not None
+    assert latest.state.step == (2 if where == "_remove" else 1)  # the old one goes only after the new one is there
+    save(FakeEngine(), tmp_path, TrainingState(step=3), keep=1)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_killed_while_deleting_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
+    real = shutil.rmtree
+
+    def kill(path: Path, **arguments: Any) -> None:
+        if path.exists():
+            (path / "b.pt").unlink(missing_ok=True)
+            raise Killed
+        real(path, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", kill)
+        with pytest.raises(Killed):
+            save(FakeEngine(), tmp_path, TrainingState(step=2), keep=1)
+    warnings: list[str] = []
+    latest = find_latest(tmp_path, warnings.append)
+    assert latest is not None
+    assert (latest.state.step, warnings) == (2, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: (path / "b.pt").unlink(), "b.pt is missing"),
+        (lambda path: (path / "b.pt").write_bytes(b"b"), "b.pt has 1 bytes instead of 2"),
+        (lambda path: (path / "manifest.json").unlink(), "incomplete: it has no manifest.json"),
+        (lambda path: (path / "manifest.json").write_text("{"), "its manifest.json cannot be read"),
+    ],
+)
+def test_damaged_newest_is_refused_aloud_and_the_one_before_is_used(tmp_path: Path, damage: Any, problem: str) -> None:
+    for step in (1, 2):
+        save(FakeEngine(), tmp_path, TrainingState(step=step), keep=2)
+    damage(tmp_path / "step-00000002")
+    with pytest.raises(ConfigError, match=problem):
+        open_checkpoint(tmp_path / "step-00000002")
+    warnings: list[str] = []
+    latest = find_latest(tmp_path, warnings.append)
+    assert latest is not None
+    assert latest.state.step == 1
+    assert len(warnings) == 1
+    assert problem in warnings[0]
+    assert "step-00000002" in warnings[0]
+    save(FakeEngine(), tmp_path, TrainingState(step=2), keep=2)  # the repeated step replaces the damaged one
+    assert open_checkpoint(tmp_path / "step-00000002").state.step == 2
+
+
+def test_no_directory_no_checkpoint(tmp_path: Path) -> None:
+    assert find_latest(tmp_path / "absent") is None
+
+
+def state(**changes: Any) -> TrainingState:
+    config = {"model": {"hidden_size": 32}, "training": {"sequence_length": 64, "steps": 5}}
+    return TrainingState(**{"corpus": "tiny:1", "config": config, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 4}, "the number of processes was 1, is 4"),
+        ({"expert_parallel": 2}, "training.expert_parallel was 1, is 2"),
+        ({"zero_stage": 3}, "training.zero_stage was 1, is 3"),
+        ({"precision": "bf16"}, "training.precision was fp32, is bf16"),
+        ({"seed": 9}, "seed was 0, is 9"),
+        ({"corpus": "tiny:2"}, "the training data was tiny:1, is tiny:2"),
+        (
+            {"config": {"model": {"hidden_size": 48}, "training": {"sequence_length": 64}}},
+            "model.hidden_size was 32, is 48",
+        ),
+        (
+            {"config": {"model": {"hidden_size": 32}, "training": {"sequence_length": 32}}},
+            "training.sequence_length was 64, is 32",
+        ),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save(FakeEngine(), tmp_path, state(step=1), keep=1)
+    saved = find_latest(tmp_path)
+    assert saved is not None
+    require_same(saved, state())
+    with pytest.raises(ConfigError, match=message):
+        require_same(saved, state(**changes))
+
+
+def test_more_steps_are_allowed(tmp_path: Path) -> None:
+    save(FakeEngine(), tmp_path, state(step=1), keep=1)
+    saved = find_latest(tmp_path)
+    assert saved is not None
+    require_same(saved, state(config={"model": {"hidden_size": 32}, "training": {"sequence_length": 64, "steps": 9}}))

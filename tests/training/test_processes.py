@@ -1,0 +1,68 @@
+"""Rank and address from what each starter sets."""
+
+from __future__ import annotations
+
+import pytest
+
+from s2moe.training.processes import describe_process, first_host
+
+
+def test_one_process_under_plain_python() -> None:
+    environment: dict[str, str] = {}
+    describe_process(environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    assert 0 < int(environment["MASTER_PORT"]) < 65536
+
+
+def test_torchrun_and_deepspeed_are_left_alone() -> None:
+    given = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    environment = dict(given) | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}  # torchrun inside a Slurm job
+    describe_process(environment)
+    assert given.items() <= environment.items()
+
+
+def slurm(rank: int) -> dict[str, str]:
+    return {
+        "SLURM_JOB_ID": "4242",
+        "SLURM_STEP_ID": "1",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank % 4),
+        "SLURM_NTASKS": "99",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    }
+
+
+def test_srun_is_mapped_alike_on_every_task() -> None:
+    tasks = [slurm(rank) for rank in range(8)]
+    for task in tasks:
+        describe_process(task)
+    assert [task["RANK"] for task in tasks] == [str(rank) for rank in range(8)]
+    assert tasks[5]["LOCAL_RANK"] == "1"
+    assert {(t["WORLD_SIZE"], t["LOCAL_WORLD_SIZE"], t["MASTER_ADDR"]) for t in tasks} == {("8", "4", "gpu07")}
+    ports = {int(task["MASTER_PORT"]) for task in tasks}
+    assert len(ports) == 1
+    assert 1024 < ports.pop() < 65536
+
+
+def test_batch_script_without_srun_is_one_process() -> None:
+    environment = slurm(0)
+    del environment["SLURM_STEP_ID"]
+    describe_process(environment)
+    assert environment["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("login1", "login1"),
+        ("a,b", "a"),
+        ("gpu[003-010,12],x", "gpu003"),
+        ("n[2,4]", "n2"),
+        ("rack[1-2]-ib,z", "rack1-ib"),
+        ("a-1,b[3-4]", "a-1"),
+    ],
+)
+def test_first_host(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host

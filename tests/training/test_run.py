@@ -1,0 +1,183 @@
+"""Whole runs on a tiny model: what a run leaves behind, continuing exactly, stopping at a bad loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from s2moe.config import load, to_dict
+from s2moe.config.run import RunConfig
+from s2moe.training.checkpoint import find_latest
+from s2moe.training.metrics_log import read
+from s2moe.training.weights import Weights, find_weights, load_weights
+from tests.distributed_harness import run_distributed
+
+from .jobs import tiny_run
+
+TRAIN = "tests.training.jobs:train"
+TIMING = {"seconds", "tokens_per_second"}
+
+
+def run(directory: Path, *overrides: str, ranks: int = 1, poison: Any = None) -> dict[str, Any]:
+    path, common = tiny_run(directory)
+    return run_distributed(TRAIN, ranks, path, [*common, *overrides], poison)[0]
+
+
+def events(directory: Path, name: str) -> list[dict[str, Any]]:
+    """All events of a run without what a clock decides."""
+    return [
+        {key: value for key, value in event.items() if key not in TIMING}
+        for event in read(directory / "runs" / name / "metrics.jsonl")
+    ]
+
+
+def weights(directory: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(directory / "runs" / name / "hf" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a finished, uninterrupted run `whole`."""
+    directory = tmp_path_factory.mktemp("finished")
+    assert run(directory, "name=whole")["finished"]
+    return directory
+
+
+def test_a_run_leaves_what_the_convention_says(finished: Path) -> None:
+    directory = finished / "runs" / "whole"
+    names = {"config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints", "hf"}
+    assert {path.name for path in directory.iterdir()} == names
+    resolved = load(RunConfig, directory / "config.yaml")
+    assert resolved.model["vocab_size"] == 256
+    assert to_dict(resolved)["training"]["steps"] == 6
+    latest = find_latest(directory / "checkpoints")
+    assert latest is not None
+    assert (latest.state.step, latest.state.samples, latest.state.tokens) == (6, 24, 768)
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    assert list((directory / "tensorboard").iterdir())
+
+
+def test_metrics(finished: Path) -> None:
+    log = events(finished, "whole")
+    training = [event for event in log if "train/loss" in event]
+    assert [event["step"] for event in training] == [1, 2, 3, 4, 5, 6]
+    first = training[0]
+    assert first["train/bpc"] == pytest.approx(first["train/task_loss"] / 0.6931471805599453)
+    assert first["train/loss"] == pytest.approx(first["train/task_loss"] + first["train/aux_loss"], rel=1e-5)
+    assert [event["lr"] for event in training[:3]] == pytest.approx([0.005, 0.01, 0.01])
+    for layer in (0, 1):
+        for figure in ("load_entropy", "max_violation", "gate_mean", "noise_std", "agreement", "infonce_accuracy"):
+            assert f"layer_{layer}/{figure}" in first
+    assert training[-1]["train/loss"] < first["train/loss"]
+    validations = [event for event in log if "val/bpc" in event]
+    assert [(event["step"], event["val/symbols"]) for event in validations] == [(3, 200), (6, 600)]
+    assert "tokens_per_second" in read(finished / "runs" / "whole" / "metrics.jsonl")[0]
+
+
+def test_exported_directory_is_the_newest_checkpoint(finished: Path) -> None:
+    run_directory = finished / "runs" / "whole"
+    latest = find_latest(run_directory / "checkpoints")
+    assert find_weights(run_directory).hf == run_directory / "hf"
+    exported = AutoModelForCausalLM.from_pretrained(run_directory / "hf").eval()
+    checkpoint = load_weights(Weights(checkpoint=latest))
+    ids = torch.randint(0, 256, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, checkpoint(ids).logits)
+    assert json.loads((run_directory / "hf" / "training.json").read_text()) == {"run": "whole", "step": 6}
+
+
+def test_interrupted_and_continued_equals_uninterrupted(finished: Path) -> None:
+    """Each start does one step, until the last one, which does the rest."""
+    for step in (1, 2, 3):
+        answer = run(finished, "name=parts", "training.stop_after_minutes=1e-9")
+        assert (answer["step"], answer["finished"]) == (step, False)
+    assert run(finished, "name=parts", "checkpoint.resume=must")["finished"]
+    assert events(finished, "parts") == events(finished, "whole")
+    whole, parts = weights(finished, "whole"), weights(finished, "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_finished_run_started_again_only_reports(finished: Path) -> None:
+    before = events(finished, "whole")
+    answer = run(finished, "name=whole")
+    assert (answer["step"], answer["finished"]) == (6, True)
+    assert answer["bpc"] == pytest.approx(before[-1]["val/bpc"])
+    assert events(finished, "whole") == before
+
+
+def test_damaged_newest_checkpoint_falls_back(finished: Path) -> None:
+    assert run(finished, "name=hurt")["finished"]
+    next((finished / "runs/hurt/checkpoints/step-00000006").glob("zero_*")).write_bytes(b"")
+    assert run(finished, "name=hurt")["finished"]
+    assert events(finished, "hurt") == events(finished, "whole")
+
+
+def test_two_ranks_of_experts(finished: Path) -> None:
+    """The experts of both ranks reach hf/ and the checkpoint reader alike, also under ZeRO-3."""
+    for stage in (1, 3):
+        name = f"pair{stage}"
+        answer = run(
+            finished,
+            f"name={name}",
+            "training.expert_parallel=2",
+            f"training.zero_stage={stage}",
+            "training.steps=2",
+            "training.micro_batch=null",
+            "model.tie_word_embeddings=true",
+            "model.moe.router.bias_update_rate=0.01",
+            ranks=2,
+        )
+        assert answer["finished"]
+        directory = finished / "runs" / name
+        exported = load_weights(find_weights(directory)).state_dict()
+        checkpoint = load_weights(Weights(checkpoint=find_latest(directory / "checkpoints"))).state_dict()
+        assert exported.keys() == checkpoint.keys()
+        for key, tensor in exported.items():
+            assert torch.equal(tensor, checkpoint[key]), key
+        assert exported["model.layers.0.moe.experts.w1"].shape == (4, 32, 32)
+        assert exported["model.layers.0.moe.router.bias_E"].abs().max() > 0
+
+
+def test_recomputing_activations_changes_nothing(finished: Path) -> None:
+    """The repeated forward pass draws the same dropout and the same noise."""
+    for name, recompute in (("kept", "false"), ("recomputed", "true")):
+        answer = run(
+            finished,
+            f"name={name}",
+            f"training.activation_checkpointing={recompute}",
+            "training.expert_parallel=2",
+            "training.micro_batch=null",
+            "training.steps=3",
+            ranks=2,
+        )
+        assert answer["finished"]
+    assert events(finished, "recomputed") == events(finished, "kept")
+
+
+@pytest.mark.parametrize("module", ["model.layers.1.moe", "model.layers.0.attention", "lm_head"])
+def test_non_finite_loss_stops_and_names_step_rank_and_layer(finished: Path, module: str) -> None:
+    name = f"bad-{module.rsplit('.')[-1]}"
+    answer = run(
+        finished,
+        f"name={name}",
+        "training.expert_parallel=2",
+        "training.micro_batch=null",
+        "checkpoint.every=2",
+        ranks=2,
+        poison=(1, 3, module),
+    )
+    assert "stopped at step 4" in answer["error"]
+    assert "on rank 1" in answer["error"]
+    assert f"rank 1: the first non-finite values are in the output of {module}" in answer["error"]
+    latest = find_latest(finished / "runs" / name / "checkpoints")
+    assert latest is not None
+    assert latest.state.step == 2
+    assert all(torch.isfinite(p).all() for p in load_weights(Weights(checkpoint=latest)).parameters())
+    assert events(finished, name)[-1]["step"] == 3
