@@ -85,8 +85,7 @@ def run_distributed(
         directory = Path(temporary)
         (directory / "args").write_bytes(pickle.dumps(args))
         ranks = [
-            context.Process(target=_rank_main, args=(name, rank, world_size, directory))
-            for rank in range(world_size)
+            context.Process(target=_rank_main, args=(name, rank, world_size, directory)) for rank in range(world_size)
         ]
         try:
             for process in ranks:
