@@ -8,6 +8,7 @@ One launcher serves four starters, which say it differently:
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
@@ -54,11 +55,29 @@ def start_processes() -> Processes:
                 f"Start that many processes, or hide the GPUs with DS_ACCELERATOR=cpu"
             )
         torch.cuda.set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
+    else:
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
     deepspeed_compat.init_distributed("nccl" if on_gpu else "gloo")
     return Processes(rank, local_rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free, instead of asking the system for it again at every operation.
+
+    By default large blocks go back at once, and the page faults of getting them anew took a fifth of
+    the time of a small model's step on the CPU. Without glibc this does nothing.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)
+    mallopt(mmap_threshold, 32 * 2**20)
 
 
 def stop_processes() -> None:
