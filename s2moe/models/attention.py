@@ -15,9 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from s2moe.models.configuration import S2MoEConfig
+from s2moe.precision import KeepsBuffers
 
 
-class S2MoERotaryEmbedding(nn.Module):
+class S2MoERotaryEmbedding(KeepsBuffers):
     """cos and sin of each position's angles, [B, S, C], computed in float32."""
 
     inv_freq: Tensor

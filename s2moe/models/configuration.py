@@ -1,9 +1,8 @@
 """Configuration of the causal language model."""
 
-from __future__ import annotations
-
+import inspect
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -52,6 +51,7 @@ class S2MoEConfig(PreTrainedConfig):
     moe: dict | None = option(None, "the SMoE layers, see below")
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_types()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -70,6 +70,17 @@ class S2MoEConfig(PreTrainedConfig):
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
         self.moe = asdict(resolve_moe(self.moe))
         super().__post_init__(**kwargs)
+
+    def _check_types(self) -> None:
+        """Before anything is computed from them; transformers itself checks only afterwards."""
+        for name, hint in inspect.get_annotations(type(self)).items():
+            allowed = get_args(hint) or (hint,)
+            value = getattr(self, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+                continue
+            if (type(value) is bool and bool not in allowed) or not isinstance(value, allowed):
+                names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+                raise ValueError(f"{name}: expected {names}, got {value!r}")
 
     def attention_shape(self) -> AttentionShape:
         """The resolved sizes of attention."""

@@ -92,6 +92,16 @@ class S2MoEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True would drop the gradient of the auxiliary losses without an error, since it "
+                "does not see tensors inside a layer's statistics: use use_reentrant=False, the default"
+            )
+        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -152,8 +162,8 @@ class S2MoEModel(S2MoEPreTrainedModel):
         """Hidden states [B, S, D] after the final norm.
 
         Args:
-            context: keys the layers' randomness in training. Without one, each training forward of
-                this process counts as a step of its own.
+            context: keys the layers' randomness in training. Without one it is keyed by torch's seed,
+                the rank, and the number of training forwards of this process so far.
             experts_per_token: k' of a slimmed evaluation; None keeps the trained k.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -213,7 +223,8 @@ class S2MoEModel(S2MoEPreTrainedModel):
         inputs_embeds: Tensor,
     ) -> RoutingContext:
         if context is None:
-            context = RoutingContext(step=self._forwards)
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            context = RoutingContext(seed=torch.initial_seed(), step=self._forwards, microbatch=rank)
             self._forwards += self.training
         # A mask of another shape covers cached positions too, or is already a matrix: no padding to leave out.
         if attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
@@ -278,6 +289,10 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         loss = task_loss = aux_loss = None
         if outputs.routing:
             aux_loss = torch.stack([layer.loss for layer in outputs.routing]).mean()
+        if (labels is not None or shift_labels is not None) and logits_BSV.shape[1] != outputs.last_hidden_state.shape[
+            1
+        ]:
+            raise ValueError("labels need the logits of every position: leave logits_to_keep at 0")
         if labels is not None or shift_labels is not None:
             task_loss = self.loss_function(
                 logits=logits_BSV,
@@ -286,7 +301,9 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            loss = task_loss if aux_loss is None else task_loss + aux_loss
+            loss = task_loss
+            if aux_loss is not None:
+                loss = task_loss + aux_loss * self._share(labels, shift_labels, num_items_in_batch)
         return S2MoECausalLMOutput(
             loss=loss,
             logits=logits_BSV,
@@ -297,6 +314,20 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             routing=outputs.routing,
         )
+
+    @staticmethod
+    def _share(
+        labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | float:
+        """This batch's share of the scored tokens over which a trainer sums losses; 1 where it takes means.
+
+        So the auxiliary loss weighs the same however many batches a step accumulates.
+        """
+        if num_items_in_batch is None:
+            return 1.0
+        targets = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
+        assert targets is not None
+        return targets.ne(-100).sum() / num_items_in_batch
 
     @torch.no_grad()
     def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
@@ -310,5 +341,5 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             moe = layers[per_microbatch[0].layer]
             if not moe.router.wants_load:
                 continue
-            counts_E = torch.stack([statistics.counts_E for statistics in per_microbatch]).sum(0).float()
-            moe.router.after_step(all_reduce_sum(counts_E, moe.parallel.data_group))
+            load_E = torch.stack([statistics.counts_E for statistics in per_microbatch]).sum(0).float()
+            moe.router.after_step(all_reduce_sum(load_E, moe.parallel.data_group))

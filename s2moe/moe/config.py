@@ -73,9 +73,9 @@ class MoEConfig:
             raise ValueError(
                 f"experts_per_token must lie in 1..num_experts ({self.num_experts}), got {self.experts_per_token}"
             )
-        for name in ("num_experts", "expert_hidden", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+        for name, least in (("expert_hidden", 1), ("every", 1), ("shared_experts", 0), ("first_dense", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) is an SMoE layer: every n-th after the first dense ones."""
@@ -98,6 +98,11 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     method = given.get("method", MoEConfig.__dataclass_fields__["method"].default)
     if method not in METHODS:
         raise ValueError(f"method: unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
+    for section in ("router", "stochastic"):
+        if not isinstance(given.get(section) or {}, dict):
+            raise ValueError(
+                f"{section}: expected a section of settings, got {given[section]!r}; e.g. router.name=topk"
+            )
     merged = deep_merge(METHODS[method].settings, given)
     router = dict(merged.get("router") or {})
     router.setdefault("name", "topk")
@@ -106,9 +111,7 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
         raise ValueError(
             f"router.name: unknown router {router['name']!r}{nearest(router['name'], ROUTERS)}; known: {known}"
         )
-    stochastic = merged.get("stochastic") or {}
-    if isinstance(stochastic, dict):
-        stochastic = build(StochasticOptions, stochastic, "stochastic")
+    stochastic = build(StochasticOptions, merged.get("stochastic") or {}, "stochastic")
     config = build(MoEConfig, {**merged, "router": router, "stochastic": stochastic}, "moe")
     config.router = {"name": router["name"], **asdict(config.router_options())}
     return config

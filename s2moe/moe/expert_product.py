@@ -71,6 +71,12 @@ def _grouped(
     form: str,
     activation: str,
 ) -> Tensor:
+    for name, width in (("hidden_size", rows_ND.shape[1]), ("expert_hidden", w1_EFD.shape[1])):
+        if width * rows_ND.element_size() % 16:
+            raise ValueError(
+                f"{name} {width} does not fill whole 16-byte rows in {rows_ND.dtype}, which grouped products need: "
+                f"make it a multiple of {16 // rows_ND.element_size()}"
+            )
     ends_E = counts_E.cumsum(0).to(torch.int32)
     act = ACTIVATION_FUNCTIONS[activation]
     up_NF = F.grouped_mm(rows_ND, w1_EFD.transpose(1, 2), offs=ends_E)

@@ -41,6 +41,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(count, hidden_size, expert_hidden))
         w3_rows = (expert_hidden, hidden_size) if form == "gated" else (1, expert_hidden)
         self.w3 = nn.Parameter(torch.empty(count, *w3_rows))
+        self.reset_parameters(0.02)
 
     @torch.no_grad()
     def reset_parameters(self, std: float, std_out: float | None = None) -> None:
@@ -68,13 +69,16 @@ class Experts(nn.Module):
 
     def forward(self, rows_ND: Tensor, counts_L: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Rows sorted by local expert, ``counts_L`` of each, to [N, D] in the dtype of the weights."""
+        device, dtype = rows_ND.device.type, self.w1.dtype
+        if torch.is_autocast_enabled(device):  # which knows nothing of stacked experts
+            dtype = torch.get_autocast_dtype(device)
         return expert_product(
-            rows_ND.to(self.w1.dtype),
+            rows_ND.to(dtype),
             counts_L,
             weight_N,
-            self.w1,
-            self.w2,
-            self.w3,
+            self.w1.to(dtype),
+            self.w2.to(dtype),
+            self.w3.to(dtype),
             self.form,
             self.activation,
         )

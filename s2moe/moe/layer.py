@@ -78,7 +78,7 @@ class SMoELayer(EngineMoELayer):
             out_TD = out_TD + self.shared(hidden_TD)
         losses = list(routing.losses.values())
         loss = torch.stack(losses).sum() if losses else out_TD.new_zeros((), dtype=torch.float32)
-        statistics = LayerStatistics(self.layer, loss, routing.counts_E, {**routing.stats, **values})
+        statistics = LayerStatistics(self.layer, loss, routing.load_E, {**routing.stats, **values})
         return out_TD.view_as(hidden_BSD), statistics
 
     def mix(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing, dict[str, Tensor]]:

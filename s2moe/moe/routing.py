@@ -55,7 +55,8 @@ class Routing(NamedTuple):
     token_N: Tensor  # int64, ascending: assignments are listed token by token
     expert_N: Tensor  # int64, global expert ids
     weight_N: Tensor  # float32, the factor of each expert's output; carries the router's gradient
-    counts_E: Tensor  # int64, assignments of each expert
+    counts_E: Tensor  # int64, assignments of each expert in this list
+    load_E: Tensor  # int64, what real tokens (not padding) asked of each expert, before any was dropped
     losses: dict[str, Tensor]  # weighted auxiliary losses, float32 scalars: their sum is to be minimised
     stats: dict[str, Tensor]  # detached float32 scalars for the log
     num_tokens: int
@@ -65,15 +66,16 @@ class Routing(NamedTuple):
 def stack(first: Routing, second: Routing) -> Routing:
     """Route two batches of tokens as one: the second's tokens are numbered after the first's.
 
-    Losses of the same name are averaged, statistics are the first's.
+    Losses and statistics of the same name are averaged.
     """
     return Routing(
         token_N=torch.cat((first.token_N, second.token_N + first.num_tokens)),
         expert_N=torch.cat((first.expert_N, second.expert_N)),
         weight_N=torch.cat((first.weight_N, second.weight_N)),
         counts_E=first.counts_E + second.counts_E,
+        load_E=first.load_E + second.load_E,
         losses={name: (loss + second.losses[name]) / 2 for name, loss in first.losses.items()},
-        stats=first.stats,
+        stats={name: (value + second.stats[name]) / 2 for name, value in first.stats.items()},
         num_tokens=first.num_tokens + second.num_tokens,
         choices=first.choices if first.choices == second.choices else None,
     )
@@ -84,5 +86,5 @@ class LayerStatistics(NamedTuple):
 
     layer: int
     loss: Tensor  # float32 scalar, the sum of the layer's weighted auxiliary losses
-    counts_E: Tensor  # int64, assignments of each expert in this micro-batch on this rank
+    counts_E: Tensor  # int64, the load: what this rank's real tokens asked of each expert in this micro-batch
     values: dict[str, Tensor]  # detached float32 scalars: raw losses and figures, by name

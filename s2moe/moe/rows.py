@@ -26,9 +26,12 @@ class Placement(NamedTuple):
     num_tokens: int
 
 
-def count(expert_N: Tensor, num_experts: int) -> Tensor:
-    """Assignments of each expert, int64 [E]. Unlike ``bincount`` it does not wait for the device."""
-    ones_N = torch.ones_like(expert_N)
+def count(expert_N: Tensor, num_experts: int, counted_N: Tensor | None = None) -> Tensor:
+    """Assignments of each expert, int64 [E], of those marked in ``counted_N`` only (None: all).
+
+    Unlike ``bincount`` it does not wait for the device.
+    """
+    ones_N = torch.ones_like(expert_N) if counted_N is None else counted_N.to(expert_N.dtype)
     return expert_N.new_zeros(num_experts).scatter_add_(0, expert_N, ones_N)
 
 

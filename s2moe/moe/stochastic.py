@@ -31,8 +31,8 @@ from s2moe.moe.layer import SMoELayer
 from s2moe.moe.routing import Routing, RoutingContext, stack
 from s2moe.objectives.balance import masked_mean
 from s2moe.objectives.contrastive import Contrast, info_nce
-from s2moe.objectives.precision import full_precision
 from s2moe.parallel import ExpertParallel
+from s2moe.precision import full_precision, linear
 
 
 @torch.no_grad()
@@ -108,7 +108,8 @@ class StochasticSMoELayer(SMoELayer):
         out_TD = torch.lerp(noisy_out_TD, clean_TD, gate_T1.to(clean_TD.dtype))
 
         index_M, valid_M = self._sample(context, hidden_TD)
-        values = self._figures(hidden_TD[index_M], noisy_TD[index_M], gate_T1, spread, clean, noisy, context)
+        cosine_M = F.cosine_similarity(hidden_TD[index_M].detach().float(), noisy_TD[index_M].detach().float())
+        values = self._figures(masked_mean(cosine_M, valid_M), gate_T1, spread, clean, noisy, context.mask_T)
         if options.contrast_loss:
             pair = (clean_TD, noisy_out_TD) if options.contrast == "outputs" else (hidden_TD, noisy_TD)
             contrast = self._contrast(pair[0][index_M], pair[1][index_M], valid_M, context)
@@ -119,8 +120,7 @@ class StochasticSMoELayer(SMoELayer):
 
     def _gate(self, hidden_TD: Tensor) -> Tensor:
         """g(x), a scalar for each token in float32, [T, 1]."""
-        weight, bias = full_precision(self.mix_gate.weight), full_precision(self.mix_gate.bias)
-        return torch.sigmoid(F.linear(full_precision(hidden_TD), weight, bias))
+        return torch.sigmoid(linear(hidden_TD, self.mix_gate.weight, self.mix_gate.bias))
 
     def _sample(self, context: RoutingContext, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Numbers of the M sampled tokens, without replacement, and which of them are not padding (None: all)."""
@@ -144,22 +144,22 @@ class StochasticSMoELayer(SMoELayer):
     @torch.no_grad()
     def _figures(
         self,
-        sample_MD: Tensor,
-        noisy_MD: Tensor,
+        cosine: Tensor,
         gate_T1: Tensor,
         spread: Tensor,
         clean: Routing,
         noisy: Routing,
-        context: RoutingContext,
+        mask_T: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Mean gate and noise scale, cosine of x and x̂ (of the sample), how often both have the same first expert."""
+        """Mean gate and noise scale, cosine of sampled x and x̂, how often both have the same first expert."""
+        per_token = spread.shape[0] > 1
         values = {
-            "gate_mean": masked_mean(gate_T1[:, 0], context.mask_T),
-            "noise_std": spread.mean(),
-            "noise_cosine": F.cosine_similarity(sample_MD.float(), noisy_MD.float()).mean(),
+            "gate_mean": masked_mean(gate_T1[:, 0], mask_T),
+            "noise_std": masked_mean(spread.mean(1), mask_T) if per_token else spread.mean(),
+            "noise_cosine": cosine,
         }
         if clean.choices is not None and clean.choices == noisy.choices:
             first_T = clean.expert_N.view(-1, clean.choices)[:, 0]
             second_T = noisy.expert_N.view(-1, noisy.choices)[:, 0]
-            values["agreement"] = masked_mean((first_T == second_T).float(), context.mask_T)
+            values["agreement"] = masked_mean((first_T == second_T).float(), mask_T)
         return values

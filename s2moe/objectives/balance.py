@@ -42,7 +42,8 @@ def switch_balance_loss(load_E: Tensor, prob_E: Tensor) -> Tensor:
 
 def kl_balance_loss(prob_E: Tensor) -> Tensor:
     """KL(mean probability ‖ uniform) = log E − H(P): 0 at balance, log E at collapse."""
-    return torch.special.xlogy(prob_E, prob_E).sum() + math.log(prob_E.numel())
+    # Clamped, since without any token P is 0, where the gradient of P log P is not finite.
+    return (prob_E * prob_E.clamp(min=torch.finfo(prob_E.dtype).tiny).log()).sum() + math.log(prob_E.numel())
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2moe.objectives.precision import full_precision
+from s2moe.precision import full_precision, linear
 
 
 class Contrast(NamedTuple):
@@ -36,7 +36,7 @@ def info_nce(
     """
     first_MD = F.normalize(full_precision(first_MD), dim=-1)
     second_MD = F.normalize(full_precision(second_MD), dim=-1)
-    logits_MM = first_MD @ second_MD.T / temperature
+    logits_MM = linear(first_MD, second_MD) / temperature
     target_M = torch.arange(len(logits_MM), device=logits_MM.device)
     if valid_M is not None:
         logits_MM = logits_MM.masked_fill(~valid_M, torch.finfo(logits_MM.dtype).min)

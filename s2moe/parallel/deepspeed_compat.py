@@ -185,8 +185,8 @@ def expert_parallel(size: int) -> ExpertParallel:
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for a client optimizer: decayed and not, experts apart, as ZeRO needs them.
 
-    Decayed are matrices (two dimensions or more) but for embeddings and routers' one-row vectors;
-    biases, norms and temperatures are not. The mlp form's expert bias [L, 1, F] is a bias.
+    Decayed are matrices, embeddings included. Biases, norms, vectors and temperatures are not; nor is the
+    mlp form's expert bias [L, 1, F].
     """
     tag_parameters(model)
     decayed: list[nn.Parameter] = []

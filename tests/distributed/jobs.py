@@ -137,7 +137,8 @@ def forced_routing(kind: str, tokens: int, rank: int) -> Routing:
         token_N = torch.arange(tokens)
         expert_N = torch.zeros(tokens, dtype=torch.int64)
     weight_N = torch.linspace(0.5, 1.5, len(token_N), dtype=torch.float64)
-    return Routing(token_N, expert_N, weight_N, count(expert_N, 4), {}, {}, tokens, None)
+    counts_E = count(expert_N, 4)
+    return Routing(token_N, expert_N, weight_N, counts_E, counts_E, {}, {}, tokens, None)
 
 
 def local_parameters(degree: int, num_experts: int) -> int:

@@ -66,7 +66,10 @@ def test_base_model_and_configuration_load_through_the_auto_classes(tmp_path: Pa
     model = saved({}, tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is S2MoEModel
-    assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    weights = dict(base.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in model.model.named_parameters())
+    # Equal but for the last bits: how memory is aligned decides which kernel a product takes.
+    torch.testing.assert_close(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state, rtol=0, atol=2e-6)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is S2MoEConfig
     assert type(AutoModelForCausalLM.from_config(config)) is S2MoEForCausalLM

@@ -112,7 +112,8 @@ def test_a_token_dropped_by_all_its_experts_gets_nothing_and_its_router_no_gradi
     hidden_BSD[..., 0] = 2.0  # everyone wants expert 1, which has room for ceil(0.5 * 8 / 2) = 2
     hidden_BSD.requires_grad_()
     out_BSD, statistics = layer(hidden_BSD)
-    assert statistics.counts_E.tolist() == [0, 2]
+    assert statistics.counts_E.tolist() == [0, 8]  # what was asked for
+    assert statistics.values["dropped_fraction"].item() == 6 / 8
     assert out_BSD[0, :2].abs().sum(-1).min() > 0
     assert not out_BSD[0, 2:].any()
     out_BSD.square().sum().backward()

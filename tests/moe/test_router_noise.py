@@ -33,7 +33,7 @@ def router(k: int = E, **options: Any) -> Router:
 def seen_logits(made: Router, hidden_TD: Tensor, context: RoutingContext | None = None) -> Tensor:
     routing = made(hidden_TD, context or RoutingContext())
     weight_TE = torch.zeros(len(hidden_TD), E, dtype=torch.float64)
-    weight_TE[routing.token_N, routing.expert_N] = routing.weight_N.detach()
+    weight_TE[routing.token_N, routing.expert_N] = routing.weight_N.detach().double()
     return weight_TE.logit()
 
 

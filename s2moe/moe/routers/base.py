@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from s2moe.moe.routing import Routing, RoutingContext
-from s2moe.objectives.precision import full_precision
+from s2moe.precision import KeepsBuffers, linear
 
 ROUTERS: dict[str, type[Router]] = {}
 
@@ -26,7 +26,7 @@ def register(name: str) -> Callable[[type[Router]], type[Router]]:
     return add
 
 
-class Router(nn.Module):
+class Router(KeepsBuffers):
     """Decides which experts see a token, and with what weight.
 
     A subclass names its dataclass of options in ``Options`` and implements ``forward(hidden_TD,
@@ -55,8 +55,8 @@ class Router(nn.Module):
         """Whether ``after_step`` is to be called, which costs a sum over ranks."""
         return False
 
-    def after_step(self, counts_E: Tensor) -> None:
-        """Called once after each optimizer step with the step's assignments over all ranks, float32 [E]."""
+    def after_step(self, load_E: Tensor) -> None:
+        """Called once after each optimizer step with the step's load over all ranks, float32 [E]."""
 
     def choices(self, context: RoutingContext) -> int:
         """Experts per token now: the trained number, or the evaluation's own.
@@ -64,7 +64,7 @@ class Router(nn.Module):
         Raises:
             ValueError: if the evaluation asks for more experts than there are.
         """
-        choices = context.experts_per_token or self.experts_per_token
+        choices = self.experts_per_token if context.experts_per_token is None else context.experts_per_token
         if not 1 <= choices <= self.num_experts:
             raise ValueError(f"experts_per_token must lie in 1..{self.num_experts}, got {choices}")
         return choices
@@ -77,9 +77,10 @@ class LinearScores(nn.Module):
         super().__init__()
         self.zero = zero
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters(0.02)
 
     def reset_parameters(self, std: float) -> None:
         nn.init.normal_(self.weight, std=0.0 if self.zero else std)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        return nn.functional.linear(full_precision(hidden_TD), full_precision(self.weight))
+        return linear(hidden_TD, self.weight)

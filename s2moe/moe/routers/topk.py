@@ -11,14 +11,13 @@ Sources:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2moe.moe.capacity import keep_within_capacity
+from s2moe.moe.capacity import expert_capacity, keep_within_capacity
 from s2moe.moe.options import option
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
@@ -33,6 +32,7 @@ from s2moe.objectives.balance import (
     z_loss,
 )
 from s2moe.parallel.expert_parallel import all_reduce_sum
+from s2moe.precision import full_precision
 
 COMBINE = ("softmax_then_topk", "topk_then_softmax", "sigmoid", "straight_through")
 
@@ -115,6 +115,13 @@ class TopKRouter(Router):
                 f"{rule} with experts_per_token=1 makes every weight 1, so the router would get no gradient "
                 "from the task: use combine=softmax_then_topk (or straight_through), renormalise=false"
             )
+        if options.renormalise and options.combine == "straight_through":
+            raise ValueError(
+                "straight_through weights sum to 1 already, and renormalising would change their gradient: "
+                "set renormalise=false, or combine=softmax_then_topk"
+            )
+        if options.load_loss and experts_per_token >= num_experts:
+            raise ValueError(f"load_loss needs experts_per_token below the number of experts ({num_experts})")
         self.scores = LinearScores(hidden_size, num_experts)
         # Shazeer et al. start both matrices at zero; the noise's does, so that all experts begin equally noisy.
         self.noise_scores = LinearScores(hidden_size, num_experts, zero=True) if options.noise == "shazeer" else None
@@ -133,29 +140,37 @@ class TopKRouter(Router):
         expert_TK = self._select(logits_TE, value_TE, choices)
         weight_TK = self._weights(logits_TE, value_TE, expert_TK)
 
-        tokens = hidden_TD.shape[0]
-        counts_E = count(expert_TK.reshape(-1), self.num_experts)
+        load_E = self._load(expert_TK, context.mask_T)
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         if self.training:
             balance_TE = value_TE / value_TE.sum(-1, keepdim=True) if self.options.combine == "sigmoid" else prob_TE
-            raw = self._losses(clean_TE, logits_TE, std_TE, balance_TE, weight_TK, expert_TK, counts_E, context)
+            raw = self._losses(clean_TE, logits_TE, std_TE, balance_TE, weight_TK, expert_TK, load_E, context)
             losses = {name: getattr(self.options, name) * loss for name, loss in raw.items()}
             stats = {name: loss.detach() for name, loss in raw.items()}
         stats.update(_figures(prob_TE.detach(), weight_TK.detach(), context.mask_T))
 
+        tokens = hidden_TD.shape[0]
         token_N = torch.arange(tokens, device=hidden_TD.device).repeat_interleave(choices)
-        expert_N, weight_N, kept = expert_TK.reshape(-1), weight_TK.reshape(-1), None
+        expert_N, weight_N, ragged = expert_TK.reshape(-1), weight_TK.reshape(-1), False
         if self.training and self.options.capacity_factor is not None:
-            capacity = math.ceil(self.options.capacity_factor * choices * tokens / self.num_experts)
-            kept = keep_within_capacity(
-                expert_TK, weight_TK, self.num_experts, capacity, self.options.drop_policy
+            capacity = expert_capacity(
+                self.options.capacity_factor, choices, self.num_experts, tokens, context.mask_T
+            ).to(hidden_TD.device, non_blocking=True)
+            kept_N = keep_within_capacity(
+                expert_TK, weight_TK, self.num_experts, capacity, self.options.drop_policy, context.mask_T
             ).reshape(-1)
             # Selecting the kept ones waits for the device: their number decides every shape that follows.
-            token_N, expert_N, weight_N = token_N[kept], expert_N[kept], weight_N[kept]
-            stats["dropped_fraction"] = 1 - kept.float().mean()
-            counts_E = counts_E.clamp(max=capacity)
-        return Routing(token_N, expert_N, weight_N, counts_E, losses, stats, tokens, choices if kept is None else None)
+            token_N, expert_N, weight_N, ragged = token_N[kept_N], expert_N[kept_N], weight_N[kept_N], True
+            stats["dropped_fraction"] = 1 - kept_N.sum() / load_E.sum().clamp(min=1)
+        counts_E = load_E if context.mask_T is None and not ragged else count(expert_N, self.num_experts)
+        choices_or_ragged = None if ragged else choices
+        return Routing(token_N, expert_N, weight_N, counts_E, load_E, losses, stats, tokens, choices_or_ragged)
+
+    def _load(self, expert_TK: Tensor, mask_T: Tensor | None) -> Tensor:
+        """How often real tokens chose each expert, int64 [E]."""
+        counted_N = None if mask_T is None else mask_T[:, None].expand_as(expert_TK).reshape(-1)
+        return count(expert_TK.reshape(-1), self.num_experts, counted_N)
 
     def _logits(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clean logits, the (noisy, in training) logits that decide, and the noise's standard deviation."""
@@ -164,6 +179,7 @@ class TopKRouter(Router):
             return clean_TE, clean_TE, None
         generator = context.generator(hidden_TD.device, "router noise")
         if self.options.noise == "jitter":
+            hidden_TD = full_precision(hidden_TD)  # half precision has few numbers near 1
             factor_TD = torch.empty_like(hidden_TD).uniform_(
                 1 - self.options.jitter, 1 + self.options.jitter, generator=generator
             )
@@ -202,7 +218,7 @@ class TopKRouter(Router):
         prob_TE: Tensor,
         weight_TK: Tensor,
         expert_TK: Tensor,
-        counts_E: Tensor,
+        load_E: Tensor,
         context: RoutingContext,
     ) -> dict[str, Tensor]:
         """The raw losses whose coefficient is not zero, by the name of that coefficient."""
@@ -213,17 +229,8 @@ class TopKRouter(Router):
             if options.balance_form == "kl":
                 losses["balance_loss"] = kl_balance_loss(prob_E)
             else:
-                load_E = counts_E
-                if options.balance_form == "gshard" or mask_T is not None:
-                    counted_TK = expert_TK[:, :1] if options.balance_form == "gshard" else expert_TK
-                    counted = (
-                        counted_TK.new_ones(counted_TK.shape)
-                        if mask_T is None
-                        else mask_T[:, None].expand_as(counted_TK)
-                    )
-                    load_E = torch.zeros_like(counts_E).index_add_(
-                        0, counted_TK.reshape(-1), counted.reshape(-1).to(counts_E.dtype)
-                    )
+                if options.balance_form == "gshard":
+                    load_E = self._load(expert_TK[:, :1], mask_T)
                 group = context.group if options.balance_scope == "global" else None
                 losses["balance_loss"] = switch_balance_loss(all_reduce_sum(load_E, group).to(prob_E.dtype), prob_E)
         if options.z_loss:
@@ -241,9 +248,9 @@ class TopKRouter(Router):
         return self.options.bias_update_rate > 0
 
     @torch.no_grad()
-    def after_step(self, counts_E: Tensor) -> None:
+    def after_step(self, load_E: Tensor) -> None:
         """Move the selection bias against the load by a fixed step; centred, as only differences matter."""
-        self.bias_E += self.options.bias_update_rate * torch.sign(counts_E.mean() - counts_E)
+        self.bias_E += self.options.bias_update_rate * torch.sign(load_E.mean() - load_E)
         self.bias_E -= self.bias_E.mean()
 
 
