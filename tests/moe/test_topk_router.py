@@ -98,7 +98,14 @@ def test_straight_through_has_the_values_of_one_rule_and_the_gradient_of_another
 def test_weights_that_would_be_constantly_one_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="softmax_then_topk"):
         router(1, **options)
-    router(2, **options)
+    if options["combine"] != "straight_through":
+        router(2, **options)
+
+
+def test_renormalising_straight_through_weights_is_refused() -> None:
+    """Their values sum to 1 already; dividing by the sum would change the gradient that the rule promises."""
+    with pytest.raises(ValueError, match="straight_through weights sum to 1"):
+        router(2, combine="straight_through", renormalise=True)
 
 
 @pytest.mark.parametrize("combine", ["softmax_then_topk", "sigmoid", "straight_through"])
