@@ -157,3 +157,25 @@ def refused_degree(degree: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def engine_view(stage: int, directory: str) -> dict[str, Any]:
+    """What the engine makes of our model at expert-parallel degree 2, and a checkpoint in ``directory``/tag."""
+    reset_groups()
+    model = S2MoEForCausalLM(tiny_config(), parallel=deepspeed_compat.expert_parallel(2))
+    optimizer = torch.optim.AdamW(deepspeed_compat.optimizer_groups(model, 0.1))
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    engine.save_checkpoint(directory, tag="tag", save_latest=False)
+    named = {name for name, parameter in engine.module.named_parameters() if not getattr(parameter, "allreduce", True)}
+    groups = deepspeed.utils.groups
+    expert_data_parallel = {
+        name: dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))
+        for name in groups._get_expert_parallel_group_dict()
+    }
+    return {
+        "has_moe_layers": engine.has_moe_layers,
+        "num_experts": engine.num_experts,
+        "expert_names": named,
+        "groups": expert_data_parallel,
+    }
