@@ -12,7 +12,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import Any, Literal
 
 
@@ -40,21 +40,6 @@ class Section:
     keys: Mapping[str, Key | Section]
     build: Callable[[dict[str, Any]], Any]
     help: str = ""
-
-
-def option(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, section: Section | None = None) -> Any:
-    """Declare a dataclass field that is a setting.
-
-    Args:
-        default: value when nothing is given; without one (and without `factory`) the key is required.
-        help: one sentence for `--help`, with the unit where there is one.
-        factory: makes a mutable default.
-        section: the keys of this field, where they do not come from a dataclass annotation.
-    """
-    metadata = {"help": help, "section": section}
-    if factory is not MISSING:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 def dataclass_section(cls: type, help: str = "") -> Section:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from s2moe.options import option
+
 from .model import default_model, model_section
-from .options import ConfigError, option
+from .options import ConfigError
 
 if TYPE_CHECKING:
     from s2moe.models.configuration import S2MoEConfig

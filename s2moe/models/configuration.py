@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from s2moe.moe.config import MoEConfig, StochasticOptions, build, resolve_moe
-from s2moe.moe.options import option
+from s2moe.options import option
 
 
 class AttentionShape(NamedTuple):

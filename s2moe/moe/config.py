@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from s2moe.moe.expert_product import ACTIVATIONS
 from s2moe.moe.experts import FORMS
 from s2moe.moe.methods import METHODS
-from s2moe.moe.options import option
 from s2moe.moe.routers import ROUTERS
+from s2moe.options import nearest, option
 
 
 @dataclass(kw_only=True)
@@ -130,12 +129,6 @@ def build(cls: type[Any], values: dict[str, Any], where: str) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def nearest(name: str, known: Any) -> str:
-    """', did you mean …?' or nothing."""
-    match = difflib.get_close_matches(str(name), list(known), n=1)
-    return f", did you mean {match[0]!r}?" if match else ""
 
 
 def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2moe.moe.capacity import expert_capacity, keep_within_capacity
-from s2moe.moe.options import option
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.moe.rows import count
@@ -31,6 +30,7 @@ from s2moe.objectives.balance import (
     switch_balance_loss,
     z_loss,
 )
+from s2moe.options import option
 from s2moe.parallel.expert_parallel import all_reduce_sum
 from s2moe.precision import full_precision
 
