@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from s2moe.moe.config import MoEConfig, StochasticOptions, build, resolve_moe
 from s2moe.options import option
@@ -45,13 +46,14 @@ class S2MoEConfig(PreTrainedConfig):
     tie_word_embeddings: bool = option(False, "share input and output embedding")
     initializer_range: float = option(0.02, "standard deviation of the initial weights")
     use_cache: bool = option(True, "keep keys and values in generation")
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    pad_token_id: int | None = option(None, "id of padding, where the tokenizer has one")
+    bos_token_id: int | None = option(None, "id that begins a text, where the tokenizer has one")
+    eos_token_id: int | None = option(None, "id that ends generation, where the tokenizer has one")
     moe: dict | None = option(None, "the SMoE layers, see below")
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_types()
+        self._check_ranges()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -68,8 +70,18 @@ class S2MoEConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
-        self.moe = asdict(resolve_moe(self.moe))
+        moe = resolve_moe(self.moe)
+        sparse = any(moe.is_sparse(layer) for layer in range(self.num_hidden_layers))
+        if not sparse and moe.first_dense < self.num_hidden_layers:
+            raise ValueError(
+                f"moe.every={moe.every} leaves no SMoE layer among {self.num_hidden_layers} layers: lower it "
+                f"(a dense model on purpose: moe.first_dense={self.num_hidden_layers})"
+            )
+        self.moe = asdict(moe)
         super().__post_init__(**kwargs)
+        rope_type, known = (self.rope_parameters or {})["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
+        if rope_type not in known:
+            raise ValueError(f"rope_parameters: unknown rope_type {rope_type!r}; known: {', '.join(known)}")
 
     def _check_types(self) -> None:
         """Before anything is computed from them; transformers itself checks only afterwards."""
@@ -81,6 +93,19 @@ class S2MoEConfig(PreTrainedConfig):
             if (type(value) is bool and bool not in allowed) or not isinstance(value, allowed):
                 names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
                 raise ValueError(f"{name}: expected {names}, got {value!r}")
+
+    def _check_ranges(self) -> None:
+        positive = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+            "intermediate_size max_position_embeddings"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: must lie in [0, 1), got {getattr(self, name)}")
 
     def attention_shape(self) -> AttentionShape:
         """The resolved sizes of attention."""

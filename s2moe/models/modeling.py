@@ -175,9 +175,8 @@ class S2MoEModel(S2MoEPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        # Only positions that were given are passed on: transformers reads them to look for packed
+        # sequences, which waits for the device.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -185,10 +184,16 @@ class S2MoEModel(S2MoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        else:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         context = self._context(context, experts_per_token, attention_mask, inputs_embeds)
 
         hidden_BSD = self.dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids)
+        wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         every_hidden, every_probability, routing = [hidden_BSD], [], []
         for layer in self.layers:
             hidden_BSD, probability, statistics = layer(
@@ -197,20 +202,20 @@ class S2MoEModel(S2MoEPreTrainedModel):
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 context=context,
-                position_ids=position_ids,
                 **kwargs,
             )
-            every_hidden.append(hidden_BSD)
-            every_probability.append(probability)
+            if wants_hidden:
+                every_hidden.append(hidden_BSD)
+            if output_attentions:
+                every_probability.append(probability)
             if statistics is not None:
                 routing.append(statistics)
         hidden_BSD = self.norm(hidden_BSD)
         every_hidden[-1] = hidden_BSD
-        wants = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return S2MoEModelOutput(
             last_hidden_state=hidden_BSD,
             past_key_values=past_key_values,
-            hidden_states=tuple(every_hidden) if wants else None,
+            hidden_states=tuple(every_hidden) if wants_hidden else None,
             attentions=tuple(every_probability) if output_attentions else None,
             routing=tuple(routing),
         )

@@ -6,8 +6,10 @@ Legend: N rows sorted by expert, E experts, D model, F hidden.
 nothing is stored but rows and pre-activations; it takes every dtype. ``grouped`` is
 ``torch.nn.functional.grouped_mm``, one kernel for all experts, on half precision and float32.
 
-The loop over experts serves the CPU: there a grouped product is the same loop inside, and its backward
-takes several times longer (benchmarks/moe_layer.py measures both). A GPU gets ``grouped``.
+``grouped`` has a fast kernel for bfloat16 on GPUs of compute capability 9.0 (H100) and later. Elsewhere it
+is itself a loop over experts, on a CPU with a backward several times slower than plain products
+(benchmarks/moe_layer.py: transformers_grouped_mm), so there the loop is ours. On a GPU it waits once for
+the device, to learn the sizes of its slices.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from s2moe.precision import full_precision
 
 aten = torch.ops.aten
 
@@ -51,14 +55,24 @@ def expert_product(
     Args:
         counts_E: rows of each expert, in order; they sum to N.
         w3: [E, F, D] in the gated form, the hidden bias [E, 1, F] in the mlp form.
-        backend: "loop", "grouped", or "auto": grouped on a GPU, else loop.
+        backend: "loop", "grouped", or "auto": grouped where it has its fast kernel, else loop.
     """
     if backend == "auto":
-        backend = "grouped" if rows_ND.is_cuda and rows_ND.dtype != torch.float64 else "loop"
+        backend = "grouped" if has_grouped_kernel(rows_ND) else "loop"
     if backend == "grouped":
         return _grouped(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
     counts = counts_E.tolist()
     return _Loop.apply(rows_ND, counts, weight_N, w1_EFD, w2_EDF, w3, form == "gated", activation)
+
+
+def has_grouped_kernel(rows_ND: Tensor) -> bool:
+    """Whether ``grouped_mm`` is one kernel for these rows. Not for no rows at all, whose strides it refuses."""
+    return (
+        rows_ND.is_cuda
+        and rows_ND.dtype == torch.bfloat16
+        and len(rows_ND) > 0
+        and torch.cuda.get_device_capability(rows_ND.device) >= (9, 0)
+    )
 
 
 def _grouped(
@@ -152,7 +166,7 @@ class _Loop(torch.autograd.Function):
             hidden = activated * second_NF[own] if ctx.gated else activated
             grad_hidden = grad @ w2_EDF[expert]
             if weight_N is not None and grad_weight_N is not None:
-                grad_weight_N[own] = torch.linalg.vecdot(grad_hidden, hidden).to(weight_N.dtype)
+                grad_weight_N[own] = torch.linalg.vecdot(full_precision(grad_hidden), full_precision(hidden))
                 weight = weight_N[own, None]
                 # `hidden` may be `activated` itself, which the mlp form does not need again.
                 hidden = hidden.mul_(weight)

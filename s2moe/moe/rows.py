@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from s2moe.precision import full_precision
+
 
 class Placement(NamedTuple):
     """Where assignments, listed token by token, stand after sorting them by expert."""
@@ -102,5 +104,5 @@ class _Combine(torch.autograd.Function):
         if not saved:
             return grad_ND, None, None
         rows_ND, weight_N = saved
-        grad_weight_N = (grad_ND * rows_ND).sum(-1, dtype=weight_N.dtype)
+        grad_weight_N = torch.linalg.vecdot(full_precision(grad_ND), full_precision(rows_ND)).to(weight_N.dtype)
         return grad_ND * weight_N.to(grad_ND.dtype)[:, None], None, grad_weight_N

@@ -74,9 +74,11 @@ def train(degree: int, stage: int, steps: int, moe: dict[str, Any], ds_config: d
     return {"losses": losses, "norms": norms, "expert_rank": parallel.rank, "state": state, "buffers": buffers}
 
 
-def train_shapes(shapes: list[tuple[int, int]], steps: int, moe: dict[str, Any]) -> dict[tuple[int, int], Any]:
+def train_shapes(
+    shapes: list[tuple[int, int]], steps: int, moe: dict[str, Any], ds_config: dict[str, Any] | None = None
+) -> dict[tuple[int, int], Any]:
     """``train`` for each (expert-parallel degree, ZeRO stage)."""
-    return {shape: train(*shape, steps, moe) for shape in shapes}
+    return {shape: train(*shape, steps, moe, ds_config) for shape in shapes}
 
 
 def layer_against_single_process(moe: dict[str, Any], assignment: str) -> dict[str, float]:

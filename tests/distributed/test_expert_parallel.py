@@ -75,3 +75,26 @@ def test_a_degree_that_does_not_divide_is_refused() -> None:
         run_distributed(jobs.refused_degree, 2, 3)
         == ["expert-parallel degree 3 does not divide the 2 processes: choose one of [1, 2]"] * 2
     )
+
+
+def test_four_ranks_with_two_copies_of_the_experts() -> None:
+    """World 4: every degree, and experts that are data-parallel as well (degree 2)."""
+    shapes = [(1, 1), (2, 1), (4, 1), (2, 3)]
+    moe = {"method": "smoe", "router": {"z_loss": 0.001, "bias_update_rate": 0.01}}
+    results = run_distributed(jobs.train_shapes, 4, shapes, 3, moe)
+    reference = results[0][shapes[0]]
+    for shape in shapes[1:]:
+        for result in results:
+            assert result[shape]["losses"] == pytest.approx(reference["losses"], rel=2e-5), shape
+            assert result[shape]["norms"] == pytest.approx(reference["norms"], rel=2e-4), shape
+
+
+def test_half_precision_does_not_depend_on_the_layout() -> None:
+    """bf16 runs through other classes of DeepSpeed. Rounding differs by layout, the training does not."""
+    half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    moe = {"method": "smoe", "router": {"balance_scope": "global"}}
+    results = run_distributed(jobs.train_shapes, 2, SHAPES, 3, moe, half)
+    reference = results[0][SHAPES[0]]
+    for shape in SHAPES[1:]:
+        assert results[0][shape]["losses"] == pytest.approx(reference["losses"], rel=2e-3), shape
+        assert results[0][shape]["norms"] == pytest.approx(reference["norms"], rel=3e-2), shape

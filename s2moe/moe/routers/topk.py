@@ -80,7 +80,7 @@ class TopKOptions:
     balance_scope: str = option(
         "global",
         "over which tokens f is counted: global: the micro-batches of all ranks (local statistics over-regularise); "
-        "local: this rank's micro-batch",
+        "local: this rank's micro-batch. Accumulated micro-batches are balanced one by one either way",
         choices=("global", "local"),
     )
     z_loss: float = option(0.0, "coefficient of mean logsumexp(logits)^2 (ST-MoE: 1e-3)")
@@ -95,6 +95,8 @@ class TopKOptions:
     def __post_init__(self) -> None:
         if self.load_loss and self.noise != "shazeer":
             raise ValueError("load_loss is defined by Shazeer's noise: set noise=shazeer, or load_loss=0")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError("capacity_factor must be positive, or null for dropless routing")
 
