@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
+import pytest
 import torch
 
 from s2moe import S2MoEConfig, S2MoEForCausalLM
@@ -17,10 +20,12 @@ def python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_example_router_works() -> None:
+def test_the_example_router_works(monkeypatch: pytest.MonkeyPatch) -> None:
     (source,) = python_blocks("docs/add_a_router.md")
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)  # dataclasses look their module up
     try:
-        exec(compile(source, "docs/add_a_router.md", "exec"), {"__name__": "example"})
+        exec(compile(source, "docs/add_a_router.md", "exec"), module.__dict__)
         moe = {"method": "smoe", "num_experts": 4, "expert_hidden": 8, "router": {"name": "random", "weight": 2.0}}
         config = S2MoEConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, moe=moe)
         tokens = torch.arange(12).view(2, 6)
