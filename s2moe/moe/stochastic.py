@@ -23,9 +23,12 @@ Legend: T tokens, D model, M sampled tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_gather
 
 from s2moe.moe.config import MoEConfig, StochasticOptions
@@ -76,8 +79,25 @@ def noisy_copy(hidden_TD: Tensor, mean: Tensor, spread: Tensor, noise_TD: Tensor
     Given x, (1 + σ ε₁) x + μ + σ ε₂ with independent normal ε₁, ε₂ is normal with mean x + μ and
     variance σ² (1 + x²). One draw has the same law at half the cost, and the same expected gradient.
     """
-    hidden = full_precision(hidden_TD)
-    return (hidden + mean + spread * torch.sqrt(1 + hidden.square()) * noise_TD).to(hidden_TD.dtype)
+    return _NoisyCopy.apply(full_precision(hidden_TD), mean, spread, noise_TD).to(hidden_TD.dtype)
+
+
+class _NoisyCopy(torch.autograd.Function):
+    """In few passes over memory, of which the noise would otherwise be made: x̂ and dx̂/dx = 1 + σ ε x / √(1 + x²)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, mean: Tensor, spread: Tensor, noise_TD: Tensor) -> Tensor:
+        root_TD = torch.addcmul(hidden_TD.new_ones(()), hidden_TD, hidden_TD).sqrt_()
+        scaled_TD = spread * noise_TD
+        ctx.save_for_backward(hidden_TD, root_TD, scaled_TD)
+        return (hidden_TD + mean).addcmul_(scaled_TD, root_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
+        hidden_TD, root_TD, scaled_TD = ctx.saved_tensors
+        slope_TD = (hidden_TD / root_TD).mul_(scaled_TD)
+        return slope_TD.mul_(grad_TD).add_(grad_TD), None, None, None
 
 
 class StochasticSMoELayer(SMoELayer):
