@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -84,7 +85,12 @@ def prepare_files(
     fractions: Sequence[float] = FRACTIONS,
 ) -> Corpus:
     """Prepare local files; ``sources`` are paths or globs; train, valid, test ``fractions`` sum to 1."""
-    request = {"corpus": "text", "source": [os.path.abspath(source) for source in sources], "field": field}
+    request = {
+        "corpus": "text",
+        "source": [os.path.abspath(source) for source in sources],
+        "files": state_of(expand(sources)),
+        "field": field,
+    }
 
     def blocks() -> Iterator[bytes]:
         return read_files(expand(sources), field)
@@ -155,6 +161,13 @@ def expand(sources: Iterable[str]) -> list[Path]:
             raise CorpusError(f"no file matches {source}; {hint}")
         files.update(dict.fromkeys(matching))
     return list(files)
+
+
+def state_of(files: Sequence[Path]) -> str:
+    """What changes when a file does: number and bytes of the files, and a digest of their sizes and times."""
+    found = [file.stat() for file in files]
+    digest = hashlib.sha256(repr([(stat.st_size, stat.st_mtime_ns) for stat in found]).encode())
+    return f"{len(found)} of {sum(stat.st_size for stat in found):,} bytes, sizes and times {digest.hexdigest()[:12]}"
 
 
 def read_files(paths: Sequence[Path], field: str) -> Iterator[bytes]:

@@ -40,14 +40,16 @@ def quiet_libraries() -> None:
 def user_errors() -> Iterator[None]:
     """Turn errors that are the user's to mend into one message and an exit status.
 
-    The message is printed once a machine: by the process with local rank 0.
+    Errors that all processes raise alike are printed once a machine: by the process with local rank 0.
     """
     from s2moe.config import ConfigError
     from s2moe.data import CorpusError
-    from s2moe.training.errors import TrainingError
+    from s2moe.training.errors import ProcessError, TrainingError
 
     try:
         yield
+    except ProcessError as error:
+        fail(f"error: {error}", USER_ERROR, everywhere=True)
     except (ConfigError, CorpusError) as error:
         fail(f"error: {error}", USER_ERROR)
     except TrainingError as error:
@@ -56,9 +58,9 @@ def user_errors() -> Iterator[None]:
         fail("interrupted", INTERRUPTED)
 
 
-def fail(message: str, status: int) -> None:
-    """Print `message` once a machine and end this process with `status`."""
-    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+def fail(message: str, status: int, everywhere: bool = False) -> None:
+    """Print `message` once a machine, or by every process, and end this process with `status`."""
+    if everywhere or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         where = "" if rank == "0" else f"[rank {rank} on {socket.gethostname()}] "
         print(f"{where}{message}", file=sys.stderr, flush=True)

@@ -24,6 +24,22 @@ except ImportError:  # started as a file, from any directory
 prepare_environment()
 
 
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """An argument of which 0 has a meaning."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
+    return number
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     from s2moe.training.evaluation import PROTOCOLS
@@ -34,20 +50,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, hf/ directory or checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="prepared corpus")
     parser.add_argument("--split", default="test", help="split to score (default: test)")
-    parser.add_argument("--experts-per-token", type=int, help="k' experts per token instead of the trained number")
+    parser.add_argument("--experts-per-token", type=positive, help="k' experts per token instead of the trained number")
     parser.add_argument(
         "--protocol",
         choices=PROTOCOLS,
         default="sliding",
-        help=f"sliding (default): every symbol scored once with --context symbols before it; {legacy}",
+        help=f"sliding (default): every symbol scored once with --context tokens before it; {legacy}",
     )
-    parser.add_argument("--context", type=int, default=512, help="symbols before every scored one (default: 512)")
-    parser.add_argument("--segment", type=int, default=512, help="symbols scored per window (default: 512)")
-    parser.add_argument("--batch", type=int, default=16, help="windows per forward pass (default: 16)")
-    parser.add_argument("--max-symbols", type=int, help="score only the first so many symbols")
+    parser.add_argument("--context", type=positive, default=512, help="tokens before every scored one (default: 512)")
+    parser.add_argument("--segment", type=positive, default=512, help="tokens scored per window (default: 512)")
+    parser.add_argument("--batch", type=positive, default=16, help="windows per forward pass (default: 16)")
+    parser.add_argument("--max-symbols", type=positive, help="score only the first so many tokens")
     parser.add_argument(
         "--attention-window",
-        type=int,
+        type=not_negative,
         help="tokens that a token attends to (default: the training sequence length; 0: the whole window)",
     )
     parser.add_argument(
@@ -67,10 +83,12 @@ def main(arguments: list[str]) -> None:
     start = time.monotonic()
     answer = evaluate_weights(options)
     answer["seconds"] = round(time.monotonic() - start, 1)
+    tokens = answer["attention_window"]
+    window = f"attention to the last {tokens} tokens" if tokens else "attention to the whole window"
     print(
         f"{answer['split']} of {answer['corpus']}: {answer['bpc']:.4f} bits per {answer['symbol']} over "
         f"{answer['symbols']:,.0f} symbols, protocol {answer['protocol']}, "
-        f"{answer['experts_per_token']} experts per token, weights {answer['weights']}"
+        f"{window}, {answer['experts_per_token']} experts per token, weights {answer['weights']}"
     )
     print(json.dumps(answer))
 

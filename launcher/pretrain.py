@@ -21,7 +21,7 @@ What would it cost? --dry-run prints parameters, memory per process and FLOPs an
     python launcher/pretrain.py --config configs/large_10b.yaml --dry-run --world-size 64
 
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
-3 the loss or the gradient was not finite.
+3 the loss or the gradient was not finite, or a checkpoint could not be written.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def main(arguments: list[str]) -> None:
 def dry_run(config, world_size: int | None) -> None:  # type: ignore[no-untyped-def]
     """Print what the run would cost on `world_size` processes (default: one copy of the experts)."""
     from s2moe.config.run import check_world
-    from s2moe.data import Corpus, CorpusError
+    from s2moe.data import CorpusError
     from s2moe.training.plan import plan
 
     world_size = world_size or int(os.environ.get("WORLD_SIZE", config.training.expert_parallel))
     check_world(config, world_size)
     try:
-        vocabulary = Corpus.open(config.data.dir).metadata.vocab_size
+        vocabulary = config.data.open().metadata.vocab_size
     except CorpusError as error:
         vocabulary = config.model["vocab_size"] or 256
         print(f"note: counting with a vocabulary of {vocabulary}: {error}")
@@ -101,12 +101,11 @@ def dry_run(config, world_size: int | None) -> None:  # type: ignore[no-untyped-
 
 def train(config) -> None:  # type: ignore[no-untyped-def]
     """Train, then report."""
-    from s2moe.data import Corpus
     from s2moe.training.processes import start_processes, stop_processes
     from s2moe.training.report import report
     from s2moe.training.run import pretrain
 
-    _ = Corpus.open(config.data.dir).tokenizer  # a mistake here should not wait for the other processes
+    _ = config.data.open().tokenizer  # a mistake here should not wait for the other processes
     processes = start_processes()
     result = pretrain(config, processes)
     stop_processes()

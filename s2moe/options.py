@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, field
 from typing import Any
 
@@ -35,3 +35,12 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """', did you mean …?' with the known name most like ``name``, or nothing."""
     match = difflib.get_close_matches(str(name), list(known), n=1)
     return f", did you mean {match[0]!r}?" if match else ""
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``, section by section; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = deep_merge(merged[key], value) if both else value
+    return merged

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from s2moe.options import deep_merge
+
 from .options import MISSING, ConfigError, Key, Section, convert, dataclass_section
 
 Config = TypeVar("Config")
@@ -33,7 +35,7 @@ def load(cls: type[Config], path: str | os.PathLike[str] | None, overrides: Iter
     section = dataclass_section(cls)
     tree = read_file(Path(path), section) if path is not None else {}
     for text in overrides:
-        tree = merge(tree, read_override(text, section))
+        tree = deep_merge(tree, read_override(text, section))
     return build(section, tree)
 
 
@@ -46,6 +48,8 @@ def read_file(path: Path, section: Section, seen: tuple[Path, ...] = ()) -> dict
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -57,8 +61,8 @@ def read_file(path: Path, section: Section, seen: tuple[Path, ...] = ()) -> dict
     check_keys(tree, section, source=f"{path}: ")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = merge(merged, read_file(path.parent / base, section, (*seen, path)))
-    return merge(merged, tree)
+        merged = deep_merge(merged, read_file(path.parent / base, section, (*seen, path)))
+    return deep_merge(merged, tree)
 
 
 def read_override(text: str, section: Section) -> dict[str, Any]:
@@ -74,15 +78,6 @@ def read_override(text: str, section: Section) -> dict[str, Any]:
         tree = {part: tree}
     check_keys(tree, section)
     return tree
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with the settings of `above` on top, section by section; neither is changed."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def check_keys(tree: Mapping[str, Any], section: Section, path: str = "", source: str = "") -> None:

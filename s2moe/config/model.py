@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from s2moe.models.configuration import S2MoEConfig
@@ -36,8 +37,9 @@ def model_section() -> Section:
         if name in FROM_THE_RUN:
             keys[name] = Key(int | None, None, FROM_THE_RUN[name])
         elif name == "moe":
-            text = "the sparse mixture-of-experts layers; method changes defaults below"
-            keys[name] = open_section(MoEConfig, build_moe, text)
+            text = "the sparse mixture-of-experts layers; method changes defaults below, which are the default method's"
+            section = open_section(MoEConfig, build_moe, text)
+            keys[name] = with_defaults(section, dataclasses.asdict(resolve_moe({})))
         else:
             keys[name] = Key(hint, default_of(fields[name]), text)
 
@@ -62,7 +64,20 @@ def build_moe(given: dict[str, Any]) -> dict[str, Any]:
 
 def router_section(name: str) -> Section:
     """Keys of `model.moe.router:` for the router called `name`, of which only the given ones are set."""
-    return open_section(ROUTERS[name].Options, dict)
+    section = open_section(ROUTERS[name].Options, dict)
+    router = resolve_moe({}).router  # the default method's
+    return with_defaults(section, router) if router["name"] == name else section
+
+
+def with_defaults(section: Section, values: Mapping[str, Any]) -> Section:
+    """The section with `values` as defaults; a key that holds further settings keeps its own."""
+    keys: dict[str, Key | Section] = {}
+    for name, known in section.keys.items():
+        if isinstance(known, Section):
+            keys[name] = with_defaults(known, values[name])
+        else:
+            keys[name] = known if isinstance(values[name], dict) else dataclasses.replace(known, default=values[name])
+    return dataclasses.replace(section, keys=keys)
 
 
 def default_model() -> dict[str, Any]:

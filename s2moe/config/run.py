@@ -17,6 +17,7 @@ from .model import default_model, model_section
 from .options import ConfigError
 
 if TYPE_CHECKING:
+    from s2moe.data import Corpus
     from s2moe.models.configuration import S2MoEConfig
 
 
@@ -25,6 +26,16 @@ class DataConfig:
     dir: str = option(help="directory of a prepared corpus, written by `python -m data_prep`")
     train: str = option("train", "split to train on")
     validation: str = option("valid", "split whose bits per character are reported")
+    prepare: str | None = option(
+        None, "what `python -m data_prep` is given, beside --out, to write the corpus: named where it is missing"
+    )
+
+    def open(self) -> Corpus:
+        """Open the corpus; CorpusError with the command that prepares it."""
+        from s2moe.data import Corpus
+
+        command = f"python -m data_prep {self.prepare} --out {self.dir}" if self.prepare else None
+        return Corpus.open(self.dir, command)
 
 
 @dataclass
@@ -106,11 +117,15 @@ class TrainingConfig:
 @dataclass
 class EvaluationConfig:
     every: int = option(1000, "steps between validations; 0: only at the end")
-    context: int = option(512, "symbols of left context that every scored symbol has, where they exist")
-    segment: int = option(512, "symbols scored per window; the window holds context + segment - 1 tokens")
+    context: int = option(
+        512,
+        "tokens before every scored token, where they exist; it attends to the last "
+        "model.max_position_embeddings of them, itself included",
+    )
+    segment: int = option(512, "tokens scored per window; the window holds context + segment - 1 tokens")
     batch: int = option(16, "windows per process and forward pass")
     max_symbols: int | None = option(
-        None, "during training score only the first so many symbols; the last validation scores all"
+        None, "during training score only the first so many tokens; the last validation scores all"
     )
 
     def __post_init__(self) -> None:
@@ -247,16 +262,21 @@ def check_world(config: RunConfig, world_size: int) -> None:
         "training.expert_parallel",
         f"must divide the number of processes, {world_size}",
         training.expert_parallel,
+        f"start a multiple of {training.expert_parallel} processes, or set training.expert_parallel=1",
     )
+    step = world_size * (training.micro_batch or 1)
+    possible = max(1, training.global_batch // step) * step
     require(
-        training.global_batch % (world_size * (training.micro_batch or 1)) == 0,
+        training.global_batch % step == 0,
         "training.global_batch",
         f"must be a multiple of processes x micro_batch = {world_size} x {training.micro_batch or 1}",
         training.global_batch,
+        f"start another number of processes, or set training.global_batch={possible}"
+        + (" or a smaller training.micro_batch" if training.micro_batch else ""),
     )
 
 
-def require(condition: bool, key: str, rule: str, value: Any) -> None:
-    """Raise ConfigError naming the key, the rule and the offending value unless `condition` holds."""
+def require(condition: bool, key: str, rule: str, value: Any, remedy: str = "") -> None:
+    """Raise ConfigError naming the key, the rule, the offending value and the remedy unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{key}: {rule}, got {value!r}")
+        raise ConfigError(f"{key}: {rule}, got {value!r}" + (f": {remedy}" if remedy else ""))

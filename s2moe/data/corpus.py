@@ -58,20 +58,19 @@ class CorpusMetadata:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def read(cls, directory: Path) -> CorpusMetadata:
-        """The metadata of a prepared directory; CorpusError with the remedy where there is none."""
+    def read(cls, directory: Path, prepare: str | None = None) -> CorpusMetadata:
+        """The metadata of a prepared directory; CorpusError with the remedy, ``prepare``, where there is none."""
+        prepare = prepare or preparation_command(directory)
         try:
             values = json.loads((directory / METADATA_FILE).read_text(encoding="utf-8"))
             splits = {name: SplitMetadata(**split) for name, split in values.pop("splits").items()}
             metadata = cls(splits=splits, **values)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CorpusError(
-                f"{directory} is not a prepared corpus; prepare it with: {preparation_command(directory)}"
-            ) from error
+            raise CorpusError(f"{directory} is not a prepared corpus; prepare it with: {prepare}") from error
         except (OSError, TypeError, AttributeError, KeyError, ValueError) as error:
             raise CorpusError(
                 f"{directory / METADATA_FILE} cannot be read ({' '.join(str(error).split())}); "
-                f"prepare the corpus again: {preparation_command(directory)} --force"
+                f"prepare the corpus again: {prepare} --force"
             ) from error
         if metadata.format != FORMAT:
             raise CorpusError(
@@ -108,9 +107,12 @@ class Corpus:
         self.metadata = metadata
 
     @classmethod
-    def open(cls, directory: str | os.PathLike[str]) -> Corpus:
-        """Open a directory that ``python -m data_prep`` wrote; CorpusError with the command that mends it."""
-        corpus = cls(Path(directory), CorpusMetadata.read(Path(directory)))
+    def open(cls, directory: str | os.PathLike[str], prepare: str | None = None) -> Corpus:
+        """Open a directory that ``python -m data_prep`` wrote; CorpusError with the command that mends it.
+
+        ``prepare`` is that command for a directory that is not there, where the caller knows it.
+        """
+        corpus = cls(Path(directory), CorpusMetadata.read(Path(directory), prepare))
         for name in corpus.metadata.splits:
             path, expected = corpus.path(name), corpus._bytes(name)
             actual = path.stat().st_size if path.is_file() else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -58,6 +60,14 @@ class Tokenizer(ABC):
         path = Path(directory) / TOKENIZER_FILE
         path.write_text(json.dumps({"kind": self.kind, **self._state()}) + "\n", encoding="ascii")
         return [path]
+
+    def fingerprint(self) -> str:
+        """The kind, and a sha256 of all that ``save`` writes: equal for tokenizers that give the same ids."""
+        digest = hashlib.sha256()
+        with tempfile.TemporaryDirectory() as directory:
+            for path in self.save(directory):
+                digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        return f"{self.kind}:{digest.hexdigest()[:16]}"
 
     def _state(self) -> dict[str, Any]:
         """What the file holds beside the kind."""

@@ -9,7 +9,7 @@ from s2moe.moe.expert_product import ACTIVATIONS
 from s2moe.moe.experts import FORMS
 from s2moe.moe.methods import METHODS
 from s2moe.moe.routers import ROUTERS
-from s2moe.options import nearest, option
+from s2moe.options import deep_merge, nearest, option
 
 
 @dataclass(kw_only=True)
@@ -129,12 +129,3 @@ def build(cls: type[Any], values: dict[str, Any], where: str) -> Any:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``, dictionaries merged key by key; neither is changed."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = deep_merge(merged[key], value) if both else value
-    return merged

@@ -12,11 +12,12 @@ degree silently wrong, therefore `restore` compares the degrees in the manifest 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ import torch.distributed as dist
 
 from s2moe.config.options import ConfigError
 
+from .errors import TrainingError
+from .quiet import no_prints
+
 MANIFEST = "manifest.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # converters that DeepSpeed adds, blind to spread experts
 _TEMPORARY = ".tmp-"
+_OPTIONS = ("betas", "eps", "weight_decay")  # of the optimizer, per parameter group
 
 
 @dataclass
@@ -49,6 +54,7 @@ class TrainingState:
     zero_stage: int = 1
     precision: str = "fp32"
     corpus: str = ""  # fingerprint of the training split
+    tokenizer: str = ""  # its fingerprint; empty in checkpoints that are older than this field
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -65,41 +71,51 @@ def save(engine: Any, directory: Path, state: TrainingState, keep: int) -> Path:
     """Write a checkpoint of all processes and drop the oldest beyond `keep`. Collective.
 
     Returns the directory of the new checkpoint, which exists only if it is complete.
+
+    Raises:
+        TrainingError: on every process, when one of them cannot write. Older checkpoints stay as they were.
     """
     temporary = directory / f"{_TEMPORARY}step-{state.step}"
     final = directory / f"step-{state.step:08d}"
     if _rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     _barrier()
-    engine.save_checkpoint(str(directory), tag=temporary.name, client_state=asdict(state), save_latest=False)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        for file in _files(temporary):
-            _sync(file)
-    _barrier()
-    if _rank() == 0:
-        _write_manifest(temporary, state)
-        if final.exists():  # an incomplete one of this step
-            _remove(final)
-        os.rename(temporary, final)
-        _sync(directory)
-        for script in _SCRIPTS:
-            (directory / script).unlink(missing_ok=True)
-        for checkpoint in list_complete(directory)[:-keep]:
-            _remove(checkpoint.path)
-    _barrier()
+    with _noting_failures(engine) as failures:
+        engine.save_checkpoint(str(directory), tag=temporary.name, client_state=asdict(state), save_latest=False)
+    try:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            for file in _files(temporary):
+                _sync(file)
+    except OSError as error:
+        failures.append(str(error))
+    _require_success(failures, temporary)
+    try:
+        if _rank() == 0:
+            _publish(temporary, final, state)
+            for checkpoint in list_complete(directory)[:-keep]:
+                _remove(checkpoint.path)
+    except OSError as error:
+        failures.append(str(error))
+    _require_success(failures, temporary)
     return final
 
 
 def restore(engine: Any, checkpoint: Checkpoint, current: TrainingState) -> TrainingState:
     """Load a checkpoint into the engine and return its state. Collective.
 
+    The optimizer's options stay those that the engine was built with; DeepSpeed would bring back the saved ones.
+
     Raises:
         ConfigError: if it was written at another degree of parallelism, precision, seed or corpus.
     """
     require_same(checkpoint, current)
-    loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    configured = [{name: group[name] for name in _OPTIONS} for group in engine.optimizer.param_groups]
+    with no_prints():
+        loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load the checkpoint {checkpoint.path}")
+    for group, options in zip(engine.optimizer.param_groups, configured, strict=True):
+        group.update(options)
     return checkpoint.state
 
 
@@ -190,6 +206,61 @@ def _candidates(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return [path for path in directory.iterdir() if _COMPLETE.fullmatch(path.name)]
+
+
+@contextlib.contextmanager
+def _noting_failures(engine: Any) -> Iterator[list[str]]:
+    """Within it, a file that the engine cannot write is noted, not raised: processes wait for one another to save.
+
+    What was written of the file goes, which on a full disk makes room for the others to go on.
+    """
+    failures: list[str] = []
+    writer = engine.checkpoint_engine
+    write = writer.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
+            failures.append(f"{path}: {error}")
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    writer.save = save
+    try:
+        yield failures
+    except OSError as error:
+        failures.append(str(error))
+    finally:
+        del writer.save  # the class' own comes back
+
+
+def _require_success(failures: list[str], temporary: Path) -> None:
+    """Raise TrainingError on every process if one of them failed, after removing what was written. Collective."""
+    found = [failures]
+    if dist.is_initialized():
+        found = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, failures)
+    first = next((failure for of_process in found for failure in of_process), None)
+    if first is None:
+        return
+    if _rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    raise TrainingError(
+        f"cannot write the checkpoint {temporary.name.removeprefix(_TEMPORARY)}: {first}; the last complete "
+        "checkpoint is intact: make room, and the same command continues from there"
+    )
+
+
+def _publish(temporary: Path, final: Path, state: TrainingState) -> None:
+    """Turn the written files into a checkpoint."""
+    _write_manifest(temporary, state)
+    if final.exists():  # an incomplete one of this step
+        _remove(final)
+    os.rename(temporary, final)
+    _sync(final.parent)
+    for script in _SCRIPTS:
+        (final.parent / script).unlink(missing_ok=True)
 
 
 def _write_manifest(path: Path, state: TrainingState) -> None:

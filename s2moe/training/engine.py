@@ -13,6 +13,7 @@ from s2moe.models.configuration import S2MoEConfig
 from s2moe.parallel import deepspeed_compat
 
 from .processes import Processes
+from .quiet import no_prints
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,12 +39,13 @@ def build_engine(config: RunConfig, model_config: S2MoEConfig, processes: Proces
         eps=settings.eps,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, processes.world_size),
-        dist_init_required=False,
-    )
+    with no_prints():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, processes.world_size),
+            dist_init_required=False,
+        )
     if config.training.compile:
         compile_dense_parts(model)
     return engine

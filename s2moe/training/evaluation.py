@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .windows import LEGACY_PROTOCOLS, Windows, sliding_windows
 
@@ -98,7 +99,9 @@ def _negative_log_likelihood(
         arguments["experts_per_token"] = protocol.experts_per_token
     nats = torch.zeros((), dtype=torch.float64, device=device)
     with torch.no_grad():
-        for index in range(rounds):
+        # Shown on a terminal only (None), and only where there is something to wait for.
+        hidden = None if rank == 0 and rounds >= 20 else True
+        for index in tqdm(range(rounds), desc="scoring", unit="batch", leave=False, disable=hidden):
             begin = (index * world + rank) * batch
             tokens_BL, scored_BL = gather_windows(stream, windows_W3[begin : begin + batch], batch, length)
             tokens_BL, scored_BL = tokens_BL.to(device), scored_BL.to(device)

@@ -18,11 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from s2moe.config.options import ConfigError
 from s2moe.data import Tokenizer
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.layer import SMoELayer
 from s2moe.parallel import ExpertParallel
+
+from .quiet import no_progress_bars
 
 HF_DIRECTORY = "hf"
 ORIGIN_FILE = "training.json"  # which step of which run the weights are
@@ -80,14 +83,20 @@ def gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
 def write_hf(
     config: S2MoEConfig, state: dict[str, Tensor], target: Path, tokenizer: Tokenizer | None, origin: dict[str, Any]
 ) -> None:
-    """Write configuration, weights, tokenizer and origin to `target`, replacing it as a whole."""
+    """Write configuration, weights, tokenizer and origin to `target`, replacing an earlier export as a whole.
+
+    Raises:
+        ConfigError: `target` holds something else.
+    """
+    require_replaceable(target)
     temporary, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".tmp-old-{target.name}")
     for path in (temporary, old):
         shutil.rmtree(path, ignore_errors=True)
     with torch.device("meta"):
         model = S2MoEForCausalLM(config).to(next(iter(state.values())).dtype)
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(temporary, state_dict=state)
+    with no_progress_bars():
+        model.save_pretrained(temporary, state_dict=state)
     if tokenizer is not None:
         tokenizer.save(temporary)
     (temporary / ORIGIN_FILE).write_text(json.dumps(origin), encoding="utf-8")
@@ -95,6 +104,14 @@ def write_hf(
         os.rename(target, old)
     os.rename(temporary, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def require_replaceable(target: Path) -> None:
+    """Raise ConfigError unless `target` is absent, an empty directory or an exported model."""
+    if not target.exists() or (target / ORIGIN_FILE).is_file():
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise ConfigError(f"{target} exists and is not an exported model: give another --out")
 
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:

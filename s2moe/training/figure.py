@@ -7,6 +7,7 @@ from typing import Any
 
 from . import metrics_log
 
+CURVES_FILE = "curves.png"
 STOCHASTIC = {"gate_mean": "gate", "agreement": "routing agreement", "infonce_accuracy": "InfoNCE accuracy"}
 
 
@@ -36,7 +37,7 @@ def draw_run(directory: Path) -> Path:
             axes[0, 2].plot(*zip(*steps_and_means, strict=True), label=STOCHASTIC[name])
         axes[0, 2].set(title="S2MoE, mean over layers", xlabel="step", ylim=(0, 1))
         axes[0, 2].legend(frameon=False)
-    path = directory / "curves.png"
+    path = directory / CURVES_FILE
     canvas.savefig(path, dpi=110)
     pyplot.close(canvas)
     return path

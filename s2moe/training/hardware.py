@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 # Dense matrix products, FLOP/s, from the vendors' data sheets (without sparsity), by a part of the
-# device's name; the first match counts. fp16 equals bf16 on all of them; fp32 is without TF32, which
-# PyTorch leaves off by default.
+# device's name, in whole words (an RTX A4000 is no A40); the first match counts. fp16 equals bf16 on
+# all of them; fp32 is without TF32, which PyTorch leaves off by default.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     # name, bf16, fp32
     ("B200", 2250e12, 75e12),
@@ -41,6 +43,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def peak_flops_of(name: str, precision: str) -> float | None:
     """The same for a device's name."""
     for part, half, single in _PEAKS:
-        if part in name:
+        if re.search(rf"\b{re.escape(part)}\b", name):
             return single if precision == "fp32" else half
     return None

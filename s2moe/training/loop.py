@@ -2,7 +2,9 @@
 
 Whatever is random is keyed by (seed, step, micro-batch), and the data by the number of samples
 consumed. So the loop carries no hidden state: an interrupted run continues exactly, and one process
-that accumulates two micro-batches does what two processes with one each do.
+that accumulates two micro-batches does what two processes with one each do. The exception is a balance
+loss with balance_scope=global: its load is taken over the ranks of one micro-batch, so over fewer tokens
+where micro-batches follow one another.
 
 Legend: B sequences of a micro-batch, S sequence length.
 """
@@ -62,6 +64,7 @@ class TrainingLoop:
     _routing: RoutingTotals = field(default_factory=RoutingTotals)
     _interval: list[list[float]] = field(default_factory=list)  # losses of each step since the last log event
     _interval_seconds: float = 0.0
+    _unchecked_norm: Any = None  # of the last step's gradient: a number, perhaps still being computed
     _started: float = field(default_factory=time.monotonic)
 
     def run(self) -> bool:
@@ -88,6 +91,7 @@ class TrainingLoop:
         # A log event averages over the steps since the one before. With one at every checkpoint, no
         # average spans an interruption.
         if _due(step, self.config.logging.every) or step == 1 or save:
+            self._require_finite_gradient()
             self._log_event()
         if _due(step, self.config.evaluation.every) or last:
             self.validate(step)
@@ -114,7 +118,7 @@ class TrainingLoop:
                 stop = self._agree(losses)
             del output
             self.engine.step()
-        self._require_finite_gradient()
+        self._unchecked_norm = self.engine.get_global_grad_norm()
         self.engine.module.update_routers(routing)
         self.state.step += 1
         self.state.samples += config.training.global_batch
@@ -139,7 +143,8 @@ class TrainingLoop:
         """Mean losses of the step over all processes, kept for the log; True when a process asks to stop.
 
         The only wait for the device in a step. It comes before the optimizer, so that a bad loss
-        never reaches the weights.
+        never reaches the weights. A bad gradient of the step before did, and is found here or before
+        the weights are saved.
         """
         limit = self.config.training.stop_after_minutes
         asks = limit is not None and time.monotonic() - self._started > 60 * limit
@@ -148,21 +153,24 @@ class TrainingLoop:
         if self.processes.world_size > 1:
             dist.all_reduce(total)
         *mean, stop = (total / self.processes.world_size).tolist()
+        self._require_finite_gradient()
         if not math.isfinite(mean[0]):
             cause = find_cause(self.engine.module, [loss[0] for loss in losses], self._forward)
-            raise TrainingError(self._stopped(cause))
+            raise TrainingError(self._stopped(self.state.step + 1, cause))
         self._interval.append(mean)
         return stop > 0
 
     def _require_finite_gradient(self) -> None:
-        norm = self._gradient_norm()
+        """Of the step before, if that has not been looked at."""
+        norm, self._unchecked_norm = self._unchecked_norm, None
         overflow_is_normal = self.config.training.precision == "fp16"  # dynamic loss scaling skips such steps
-        if norm is not None and not math.isfinite(norm) and not overflow_is_normal:
-            raise TrainingError(self._stopped(f"the gradient is not finite (norm {norm}), although the loss is"))
+        if norm is not None and not overflow_is_normal and not math.isfinite(norm):
+            cause = f"the gradient is not finite (norm {float(norm)}), although the loss is"
+            raise TrainingError(self._stopped(self.state.step, cause))
 
-    def _stopped(self, cause: str) -> str:
+    def _stopped(self, step: int, cause: str) -> str:
         return (
-            f"training stopped at step {self.state.step + 1}: {cause}. Nothing was saved since the last checkpoint, "
+            f"training stopped at step {step}: {cause}. Nothing was saved since the last checkpoint, "
             "which is intact: the same command continues from there. Try a lower optimizer.lr, a longer "
             "schedule.warmup_steps or a smaller optimizer.clip"
             + (", or bf16 instead of fp16" if self.config.training.precision == "fp16" else "")

@@ -12,6 +12,7 @@ from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.sizes import ModelSizes, model_sizes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients are added up in float32, see deepspeed_config
 OPTIMIZER_BYTES = 12  # float32 master copy and Adam's two moments, of the parameters a process updates
 
 
@@ -39,10 +40,9 @@ def memory_per_process(
 
     def of(parameters: int, held_by: int) -> MemoryPerProcess:
         local, sharded = parameters / held_by, parameters / world_size
-        size = BYTES[precision]
         return MemoryPerProcess(
-            weights=size * (sharded if zero_stage >= 3 else local),
-            gradients=size * (sharded if zero_stage >= 2 else local),
+            weights=BYTES[precision] * (sharded if zero_stage >= 3 else local),
+            gradients=GRADIENT_BYTES[precision] * (sharded if zero_stage >= 2 else local),
             optimizer=OPTIMIZER_BYTES * sharded,
         )
 

@@ -12,7 +12,7 @@ import ctypes
 import os
 import re
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ import torch.distributed as dist
 
 from s2moe.config.options import ConfigError
 from s2moe.parallel import deepspeed_compat
+
+from .errors import ProcessError
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def start_processes() -> Processes:
     """Join the run's process group (NCCL with GPUs, gloo without) and pick this process' device.
 
     Raises:
-        ConfigError: more processes on this machine than GPUs.
+        ProcessError: more processes on this machine than GPUs.
     """
     import deepspeed
 
@@ -49,19 +51,32 @@ def start_processes() -> Processes:
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     on_gpu = deepspeed.get_accelerator().device_name() == "cuda"
     if on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}. "
-                f"Start that many processes, or hide the GPUs with DS_ACCELERATOR=cpu"
-            )
-        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count(), os.environ))
+        torch.cuda.set_device(device)
     else:
+        device = torch.device("cpu")
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
     deepspeed_compat.init_distributed("nccl" if on_gpu else "gloo")
-    return Processes(rank, local_rank, world_size, torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"))
+    return Processes(rank, local_rank, world_size, device)
+
+
+def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
+    """The GPU of a process among the `visible` ones.
+
+    Raises:
+        ProcessError: there is none left for it.
+    """
+    if local_rank < visible:
+        return local_rank
+    if visible == 1 and environment.get("SLURM_LOCALID") == str(local_rank):
+        return 0  # srun --gpus-per-task=1 shows every task its own
+    raise ProcessError(
+        f"process {local_rank} of this machine has no GPU: {visible} are visible. "
+        "Start that many processes, or hide the GPUs with DS_ACCELERATOR=cpu"
+    )
 
 
 def keep_freed_memory() -> None:

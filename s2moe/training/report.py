@@ -9,11 +9,11 @@ import torch
 
 from s2moe.config.run import RunConfig
 from s2moe.data import Corpus, compressor_bits
-from s2moe.models import S2MoEForCausalLM
 
 from .console import format_seconds
 from .evaluation import Score
 from .run import Result
+from .weights import Weights, load_weights
 
 LARGEST_TEXT = 16 * 2**20  # bytes of training text up to which the compressors are run: a minute at most
 UNITS = {"byte": "bits per character", "character": "bits per character", "word": "bits per word"}
@@ -21,17 +21,20 @@ UNITS = {"byte": "bits per character", "character": "bits per character", "word"
 
 def report(config: RunConfig, result: Result) -> str:
     """The closing text of a finished run: validation figure, what compressors reach, a sample, the directory."""
-    corpus = Corpus.open(config.data.dir)
+    corpus = config.data.open()
     assert result.score is not None
     assert result.hf is not None
     parts = [
-        f"{config.training.steps:,} steps, {result.state.tokens:,} tokens, "
+        f"{result.state.step:,} steps, {result.state.tokens:,} tokens, "
         f"{format_seconds(result.state.seconds)} of training",
         comparison(corpus, config.data.train, config.data.validation, result.score),
     ]
     if config.logging.sample_tokens:
-        text = sample(result.hf, corpus, config.logging.sample_prompt, config.logging.sample_tokens, config.seed)
-        parts.append(f"sample:\n{text}")
+        try:
+            text = sample(result.hf, corpus, config.logging.sample_prompt, config.logging.sample_tokens, config.seed)
+            parts.append(f"sample:\n{text}")
+        except Exception as error:  # the results of a long run must not get lost for it
+            parts.append(f"no sample: {type(error).__name__}: {error}")
     parts.append(f"run directory: {result.directory}")
     return "\n\n".join(parts)
 
@@ -58,7 +61,7 @@ def sample(hf: Path, corpus: Corpus, prompt: str, tokens: int, seed: int) -> str
     from the half window before it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = S2MoEForCausalLM.from_pretrained(hf, dtype="auto").eval().to(device)
+    model = load_weights(Weights(hf=hf)).to(device)
     half = model.config.max_position_embeddings // 2
     ids = torch.from_numpy(corpus.tokenizer.encode(prompt).astype(np.int64))[None].to(device)
     total = ids.shape[1] + tokens

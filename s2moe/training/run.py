@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from s2moe.config import ConfigError, to_dict, to_yaml
 from s2moe.config.run import RunConfig, check_world
-from s2moe.data import Corpus, WindowSampler
+from s2moe.data import Corpus, CorpusError, WindowSampler
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.sizes import model_sizes
 
@@ -22,8 +22,8 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, TrainingState
 from .engine import build_engine
 from .evaluation import Protocol, Score, evaluate
-from .export import export_engine
-from .figure import draw_run
+from .export import HF_DIRECTORY, export_engine
+from .figure import CURVES_FILE, draw_run
 from .hardware import peak_flops
 from .loop import TrainingLoop
 from .processes import Processes
@@ -46,10 +46,13 @@ def pretrain(config: RunConfig, processes: Processes) -> Result:
 
     Raises:
         ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a checkpoint cannot be written.
     """
     check_world(config, processes.world_size)
-    corpus = Corpus.open(config.data.dir)
+    if config.training.precision == "fp16" and processes.device.type == "cpu":
+        raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    corpus = config.data.open()
+    check_prompt(config, corpus)
     train, validation = corpus.split(config.data.train), corpus.split(config.data.validation)
     sampler = WindowSampler(train, config.training.sequence_length, config.seed)
     model_config = config.model_config(corpus.metadata.vocab_size)
@@ -113,16 +116,34 @@ def initial_state(config: RunConfig, model_config: S2MoEConfig, corpus: Corpus, 
         zero_stage=config.training.zero_stage,
         precision=config.training.precision,
         corpus=f"{corpus.metadata.name}:{corpus.metadata.splits[config.data.train].sha256[:16]}",
+        tokenizer=corpus.tokenizer.fingerprint(),
         config=resolved,
         versions={"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     )
+
+
+def check_prompt(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError unless the sample at the end of the run can begin."""
+    if config.logging.sample_tokens == 0:
+        return
+    prompt = config.logging.sample_prompt
+    try:
+        tokens = len(corpus.tokenizer.encode(prompt))
+    except CorpusError as error:
+        raise ConfigError(
+            f"logging.sample_prompt: {prompt!r} cannot be encoded: {error}; "
+            "give another one, or logging.sample_tokens=0"
+        ) from error
+    if tokens == 0:
+        raise ConfigError(f"logging.sample_prompt: {prompt!r} has no token: give some text, or logging.sample_tokens=0")
 
 
 def prepare_directory(config: RunConfig, state: TrainingState, processes: Processes) -> Checkpoint | None:
     """Clean up after an earlier process, choose the checkpoint to continue from, write config.yaml. Collective.
 
     Raises:
-        ConfigError: `checkpoint.resume` forbids or demands a checkpoint, or the newest one is of another run.
+        ConfigError: `checkpoint.resume` forbids or demands a checkpoint, or the newest one is of another run
+            or beyond `training.steps`.
     """
     directory, folder = config.directory, config.directory / "checkpoints"
     answer: list[Any] = [None]
@@ -149,8 +170,15 @@ def _prepare(config: RunConfig, state: TrainingState, directory: Path, folder: P
                     "directory, or continue with checkpoint.resume=auto"
                 )
             checkpoints.require_same(latest, state)
+            if latest.state.step > config.training.steps:
+                raise ConfigError(
+                    f"training.steps: {latest.path} is beyond it, got {config.training.steps}: "
+                    f"ask for at least {latest.state.step} steps, or start a new run with another name=..."
+                )
         else:  # nothing of an earlier attempt counts
-            shutil.rmtree(directory / "tensorboard", ignore_errors=True)
+            for name in ("tensorboard", HF_DIRECTORY):
+                shutil.rmtree(directory / name, ignore_errors=True)
+            (directory / CURVES_FILE).unlink(missing_ok=True)
         (directory / "config.yaml").write_text(to_yaml(state.config), encoding="utf-8")
     except ConfigError as error:
         return error

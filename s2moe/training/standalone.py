@@ -12,8 +12,9 @@ import torch
 from s2moe.config import ConfigError
 from s2moe.data import Corpus, TokenStream
 
+from .checkpoint import find_latest
 from .evaluation import Protocol, evaluate
-from .export import HF_DIRECTORY, write_hf
+from .export import HF_DIRECTORY, require_replaceable, write_hf
 from .weights import checkpoint_config, checkpoint_state, find_weights, load_weights
 
 NEWLINE = 10
@@ -25,6 +26,7 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError, CorpusError: weights or corpus not found, or not made for each other.
     """
+    device = find_device(options.device)
     corpus = Corpus.open(options.data)
     stream = corpus.split(options.split)
     if options.drop_newlines:
@@ -36,6 +38,12 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             f"the corpus {options.data} has {corpus.metadata.vocab_size} symbols, the model {config.vocab_size}: "
             "it was trained on another corpus"
+        )
+    trained, given = weights.tokenizer, corpus.tokenizer.fingerprint()
+    if trained and trained != given:
+        raise ConfigError(
+            f"{weights.description} was trained with the tokenizer {trained}, the corpus {options.data} has {given}: "
+            "give the corpus it was trained on, or one prepared with the same tokenizer"
         )
     moe = config.moe_config()
     if options.experts_per_token is not None and not 1 <= options.experts_per_token <= moe.num_experts:
@@ -50,7 +58,6 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
         window or None,
         options.experts_per_token,
     )
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         score = evaluate(model.to(device), stream, corpus.metadata.vocab_size, protocol, device)
     except ValueError as error:
@@ -73,6 +80,22 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"--device: unknown device {name!r}: give cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"--device {name}: this machine has {gpus} GPUs that PyTorch can use: give --device cpu")
+    return device
+
+
 def without_newlines(corpus: Corpus, stream: TokenStream) -> TokenStream:
     """The stream of a byte corpus without its newlines."""
     if corpus.metadata.symbol != "byte" or corpus.metadata.vocab_size != 256:
@@ -86,14 +109,15 @@ def export_checkpoint(source: Path, target: Path | None, data: Path | None) -> P
     """Write a run's newest checkpoint, or the given one, as a Hugging Face directory.
 
     Raises:
-        ConfigError, CorpusError: no checkpoint, or its corpus is not to be found.
+        ConfigError, CorpusError: no checkpoint, its corpus is not to be found, or `target` holds something else.
     """
-    checkpoint = find_weights(source).checkpoint
+    checkpoint = find_latest(source / "checkpoints") or find_weights(source).checkpoint
     if checkpoint is None:
-        raise ConfigError(f"{find_weights(source).description} is a Hugging Face directory already")
+        raise ConfigError(f"{find_weights(source).description} is a Hugging Face directory already: copy it")
     run_directory = checkpoint.path.parent.parent
-    corpus = Corpus.open(data or checkpoint.state.config["data"]["dir"])
     target = target or run_directory / HF_DIRECTORY
+    require_replaceable(target)
+    corpus = Corpus.open(data or checkpoint.state.config["data"]["dir"])
     origin = {"run": run_directory.name, "step": checkpoint.state.step}
     write_hf(checkpoint_config(checkpoint), checkpoint_state(checkpoint), target, corpus.tokenizer, origin)
     return target

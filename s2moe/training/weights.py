@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from s2moe.config.options import ConfigError
+from s2moe.data import load_tokenizer
+from s2moe.data.tokenizer_base import TOKENIZER_FILE
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.parallel.deepspeed_compat import to_universal
@@ -24,6 +26,7 @@ from s2moe.parallel.deepspeed_compat import to_universal
 from .checkpoint import MANIFEST, Checkpoint, find_latest, open_checkpoint
 from .engine import DTYPES
 from .export import HF_DIRECTORY, ORIGIN_FILE
+from .quiet import no_progress_bars
 
 _EXPERT_KEY = re.compile(r"(.*\.experts\.w[123])\.(\d+)")
 
@@ -42,6 +45,14 @@ class Weights:
             return str(self.hf)
         assert self.checkpoint is not None
         return f"{self.checkpoint.path} (step {self.checkpoint.state.step})"
+
+    @property
+    def tokenizer(self) -> str:
+        """Fingerprint of the tokenizer that they were trained with; empty where it is not known."""
+        if self.checkpoint is not None:
+            return self.checkpoint.state.tokenizer
+        assert self.hf is not None
+        return load_tokenizer(self.hf).fingerprint() if (self.hf / TOKENIZER_FILE).is_file() else ""
 
 
 def find_weights(path: Path) -> Weights:
@@ -74,7 +85,8 @@ def load_run_weights(path: Path) -> S2MoEForCausalLM:
 def load_weights(weights: Weights) -> S2MoEForCausalLM:
     """The model with these weights, on the CPU, in evaluation mode."""
     if weights.hf is not None:
-        return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
+        with no_progress_bars():
+            return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
     assert weights.checkpoint is not None
     config = checkpoint_config(weights.checkpoint)
     state = checkpoint_state(weights.checkpoint)

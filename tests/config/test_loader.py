@@ -104,6 +104,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load(Outer, write(tmp_path / "bad.yaml", "a: [1\n"))
     with pytest.raises(ConfigError, match="expected `key: value` lines"):
         load(Outer, write(tmp_path / "list.yaml", "- 1\n"))
+    (tmp_path / "binary.yaml").write_bytes(b"name: \xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary.yaml: not a text file in UTF-8 \(invalid start byte at byte 6\)"):
+        load(Outer, tmp_path / "binary.yaml")
     with pytest.raises(ConfigError, match="is its own base"):
         load(Outer, write(tmp_path / "self.yaml", "base: self.yaml\n"))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
+from data_prep.__main__ import build_parser
 from s2moe.config import ConfigError, load, to_yaml
 from s2moe.config.explain import explain
 from s2moe.config.run import RunConfig, check_world
+from s2moe.data import CorpusError
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.sizes import model_sizes
 
@@ -87,11 +90,14 @@ def test_bf16_needs_rows_of_sixteen_bytes() -> None:
 
 def test_world_size() -> None:
     check_world(minimal("training.expert_parallel=2"), 4)
-    with pytest.raises(ConfigError, match=r"training.expert_parallel: must divide the number of processes, 3, got 2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"must divide the number of processes, 3, got 2: start a multiple of 2",
+    ):
         check_world(minimal("training.expert_parallel=2"), 3)
-    with pytest.raises(ConfigError, match=r"training.global_batch: must be a multiple of .* 4 x 4, got 8"):
+    with pytest.raises(ConfigError, match=r"global_batch: must be a multiple of .* 4 x 4, got 8: .*global_batch=16 or"):
         check_world(minimal("training.micro_batch=4"), 4)
-    with pytest.raises(ConfigError, match=r"training.global_batch"):
+    with pytest.raises(ConfigError, match=r"training.global_batch: .* got 8: .*training.global_batch=6$"):
         check_world(minimal(), 3)
 
 
@@ -112,6 +118,23 @@ def test_shipped_configurations_load(path: Path) -> None:
     config = load(RunConfig, path)
     check_world(config, config.training.expert_parallel)
     config.model_config(config.model["vocab_size"] or 256)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configurations_say_how_their_corpus_is_prepared(path: Path, tmp_path: Path) -> None:
+    config = load(RunConfig, path, [f"data.dir={tmp_path / 'absent'}"])
+    assert config.data.prepare is not None
+    with pytest.raises(CorpusError) as error:
+        config.data.open()
+    command = str(error.value).partition("prepare it with: python -m data_prep ")[2]
+    assert command == f"{config.data.prepare} --out {tmp_path / 'absent'}"
+    build_parser().parse_args(shlex.split(command))
+
+
+def test_text8_prompts_are_in_its_alphabet() -> None:
+    for path in SHIPPED:
+        if path.parent.name == "text8":
+            assert set(load(RunConfig, path).logging.sample_prompt) <= set("abcdefghijklmnopqrstuvwxyz ")
 
 
 def test_sizes_of_shipped_models() -> None:
@@ -137,3 +160,11 @@ def test_help_covers_router_options() -> None:
     text = explain()
     for key in ("training.zero_stage", "model.moe.num_experts", "model.moe.router.balance_loss", "s2moe_k2:"):
         assert key in text
+
+
+def test_help_shows_the_defaults_of_the_default_method() -> None:
+    text, defaults = explain(), minimal().model["moe"]
+    assert f"model.moe.experts_per_token = int; default {defaults['experts_per_token']}\n" in text
+    assert f"model.moe.stochastic.enabled = bool; default {str(defaults['stochastic']['enabled']).lower()}\n" in text
+    balance = float(defaults["router"]["balance_loss"])
+    assert f"model.moe.router.balance_loss = float; default {balance}\n" in text

@@ -253,3 +253,15 @@ def test_a_library_error_says_what_was_wrong(tmp_path: Path, capsys: pytest.Capt
     assert "cannot load the data set" in capsys.readouterr().err
     with pytest.raises(CorpusError):
         Corpus.open(tmp_path / "out")
+
+
+def test_changed_sources_are_noticed(tmp_path: Path, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("text", "--source", book, "--out", tmp_path / "out")
+    assert prepare(*arguments) == 0
+    assert prepare(*arguments) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    book.write_text(BOOK + "One more line.\n")
+    assert prepare(*arguments) == 2
+    assert "holds another corpus (files '1 of " in capsys.readouterr().err
+    assert prepare(*arguments, "--force") == 0
+    assert "One more line." in whole(Corpus.open(tmp_path / "out"))

@@ -189,3 +189,13 @@ def test_segments_join_to_the_text_and_stay_short() -> None:
     pieces = list(segments(text))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= SEGMENT_CHARACTERS
+
+
+def test_fingerprints_tell_tokenizers_apart(tmp_path: Path) -> None:
+    words = WordTokenizer(["<eos>", "<unk>", "a"])
+    tokenizers = [ByteTokenizer(), CharacterTokenizer("abc"), CharacterTokenizer("abd"), words]
+    fingerprints = [tokenizer.fingerprint() for tokenizer in tokenizers]
+    assert len(set(fingerprints)) == 4
+    assert CharacterTokenizer("cba").fingerprint() == fingerprints[1]
+    tokenizers[2].save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint() == fingerprints[2]

@@ -72,7 +72,7 @@ PLACES = {
     "engine files synced": (checkpoint, "_sync"),
     "manifest": (checkpoint, "_write_manifest"),
     "rename": (os, "rename"),
-    "old one removed": (checkpoint.shutil, "rmtree"),
+    "old one removed": (checkpoint, "_remove"),
 }
 
 

@@ -77,7 +77,7 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus: str, tmp_path: Path, s
     assert_same_run(parts, whole)
 
 
-# The second checkpoint (step 6) is being written when the rank dies; `old one removed` needs the third.
+# The second checkpoint (step 6) is being written when the rank dies; only the third removes an old one.
 @pytest.mark.parametrize(
     ("place", "call", "after", "victim", "survives"),
     [
@@ -88,6 +88,8 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus: str, tmp_path: Path, s
         ("rename", 2, False, 0, "step-00000003"),
         ("rename", 2, True, 0, "step-00000006"),
         ("rename", 4, True, 0, "step-00000009"),
+        ("old one removed", 1, False, 0, "step-00000009"),
+        ("old one removed", 1, True, 0, "step-00000009"),
     ],
 )
 def test_killed_while_writing_a_checkpoint(

@@ -12,6 +12,7 @@ from s2moe.config import load
 from s2moe.config.run import RunConfig
 from s2moe.data import ByteTokenizer, write_corpus
 
+DISK, GRADIENT = "the disk", "the gradient"
 TINY = """
 name: tiny
 model:
@@ -52,8 +53,10 @@ def tiny_run(directory: Path) -> tuple[str, list[str]]:
 def train(config_path: str, overrides: list[str], poison: tuple[int, int, str] | None = None) -> dict[str, Any]:
     """Train on this rank; step, validation figure, and the error's text if the run stopped with one.
 
-    `poison` = (rank, step, module) makes the output of a module nan on a rank from a step on.
+    `poison` = (rank, step, module) makes the output of a module nan on a rank from a step on. With GRADIENT
+    for the module it is its gradient alone; with DISK the step-th file of a checkpoint cannot be written.
     """
+    from s2moe.config import ConfigError
     from s2moe.training import loop
     from s2moe.training.errors import TrainingError
     from s2moe.training.processes import start_processes
@@ -62,16 +65,48 @@ def train(config_path: str, overrides: list[str], poison: tuple[int, int, str] |
     config = load(RunConfig, config_path, overrides)
     processes = start_processes()
     if poison is not None and poison[0] == processes.rank:
-        _poison(loop.TrainingLoop, *poison[1:])
+        if poison[2] == DISK:
+            _fill_disk(poison[1])
+        elif poison[2] == GRADIENT:
+            _poison_gradient(loop.TrainingLoop, poison[1])
+        else:
+            _poison(loop.TrainingLoop, *poison[1:])
     try:
         result = pretrain(config, processes)
-    except TrainingError as error:
+    except (ConfigError, TrainingError) as error:
         return {"error": str(error)}
     return {
         "step": result.state.step,
         "finished": result.finished,
         "bpc": result.score and result.score.bits_per_symbol,
     }
+
+
+def _fill_disk(file: int) -> None:
+    """The disk is full from this rank's `file`-th checkpoint file on (from 1)."""
+    write, files = torch.save, 0
+
+    def save(value: Any, path: str, **options: Any) -> None:
+        nonlocal files
+        files += 1
+        if files >= file:
+            raise OSError(28, "No space left on device")
+        write(value, path, **options)
+
+    torch.save = save
+
+
+def _poison_gradient(loop: Any, step: int) -> None:
+    """From `step` on, the gradient of the embedding is nan, while the loss is finite."""
+    original = loop._forward
+
+    def forward(self: Any, index: int) -> Any:
+        output = original(self, index)
+        if self.state.step >= step:
+            output.loss.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
+    loop._forward = forward
 
 
 def _poison(loop: Any, step: int, name: str) -> None:

@@ -11,17 +11,31 @@ import pytest
 from s2moe.config import ConfigError
 from s2moe.training import checkpoint
 from s2moe.training.checkpoint import TrainingState, find_latest, open_checkpoint, remove_temporary, require_same, save
+from s2moe.training.errors import TrainingError
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the code under test runs after it."""
 
 
+class FakeWriter:
+    """What DeepSpeed's engine writes through; the disk may be full."""
+
+    def __init__(self, full: bool) -> None:
+        self.full = full
+
+    def save(self, state_dict: bytes, path: str) -> None:
+        Path(path).write_bytes(state_dict)
+        if self.full:
+            raise OSError(28, "No space left on device")
+
+
 class FakeEngine:
     """Writes two files like DeepSpeed, one of them in a sub-directory; can be killed between them."""
 
-    def __init__(self, killed: bool = False) -> None:
+    def __init__(self, killed: bool = False, full: bool = False) -> None:
         self.killed = killed
+        self.checkpoint_engine = FakeWriter(full)
 
     def save_checkpoint(self, directory: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert not save_latest
@@ -30,7 +44,7 @@ class FakeEngine:
         (path / "a.pt").write_bytes(b"a" * 10)
         if self.killed:
             raise Killed
-        (path.parent / "b.pt").write_bytes(b"b" * client_state["step"])
+        self.checkpoint_engine.save(b"b" * client_state["step"], str(path.parent / "b.pt"))
 
 
 def names(directory: Path) -> list[str]:
@@ -123,6 +137,22 @@ def test_damaged_newest_is_refused_aloud_and_the_one_before_is_used(tmp_path: Pa
     assert "step-00000002" in warnings[0]
     save(FakeEngine(), tmp_path, TrainingState(step=2), keep=2)  # the repeated step replaces the damaged one
     assert open_checkpoint(tmp_path / "step-00000002").state.step == 2
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
+    message = r"cannot write the checkpoint step-2: .*No space left on device; the last complete checkpoint is intact"
+    with pytest.raises(TrainingError, match=message):
+        save(FakeEngine(full=True), tmp_path, TrainingState(step=2), keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", fail)
+    with pytest.raises(TrainingError, match="No space left"):
+        save(FakeEngine(), tmp_path, TrainingState(step=2), keep=1)
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_no_directory_no_checkpoint(tmp_path: Path) -> None:

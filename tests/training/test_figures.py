@@ -103,16 +103,18 @@ def test_peaks() -> None:
     assert peak_flops_of("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert peak_flops_of("NVIDIA H100 PCIe", "fp16") == 756e12
     assert peak_flops_of("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
+    assert peak_flops_of("NVIDIA A40", "fp32") == 37.4e12
+    assert peak_flops_of("NVIDIA RTX A4000", "fp32") is None
     assert peak_flops_of("Some GPU", "bf16") is None
     assert peak_flops(torch.device("cpu"), "fp32") is None
 
 
 def test_memory_is_dealt_out_as_zero_and_expert_parallelism_do() -> None:
-    """8 processes, experts over 4 of them: each expert is held by 2."""
-    for stage, weights, gradients in ((1, 2 * 800, 2 * 800), (2, 2 * 800, 2 * 100), (3, 2 * 100, 2 * 100)):
+    """8 processes, experts over 4 of them: each expert is held by 2. A gradient is kept in float32, 4 bytes."""
+    for stage, weights, gradients in ((1, 2 * 800, 4 * 800), (2, 2 * 800, 4 * 100), (3, 2 * 100, 4 * 100)):
         dense, _ = memory_per_process(800, 3200, 8, 4, stage, "bf16")
         assert (dense.weights, dense.gradients, dense.optimizer) == (weights, gradients, 12 * 100)
-    for stage, weights, gradients in ((1, 2 * 800, 2 * 800), (2, 2 * 800, 2 * 400), (3, 2 * 400, 2 * 400)):
+    for stage, weights, gradients in ((1, 2 * 800, 4 * 800), (2, 2 * 800, 4 * 400), (3, 2 * 400, 4 * 400)):
         _, experts = memory_per_process(800, 3200, 8, 4, stage, "bf16")
         assert (experts.weights, experts.gradients, experts.optimizer) == (weights, gradients, 12 * 400)
 

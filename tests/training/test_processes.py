@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from s2moe.training.processes import describe_process, first_host
+from launcher.common import user_errors
+from s2moe.config import ConfigError
+from s2moe.training.errors import ProcessError
+from s2moe.training.processes import describe_process, first_host, gpu_of
 
 
 def test_one_process_under_plain_python() -> None:
@@ -51,6 +56,30 @@ def test_batch_script_without_srun_is_one_process() -> None:
     del environment["SLURM_STEP_ID"]
     describe_process(environment)
     assert environment["WORLD_SIZE"] == "1"
+
+
+def test_gpu_of_a_process() -> None:
+    assert gpu_of(3, 4, {}) == 3
+    assert gpu_of(2, 1, {"SLURM_LOCALID": "2"}) == 0  # srun --gpus-per-task=1
+    with pytest.raises(ProcessError, match=r"process 2 of this machine has no GPU: 1 are visible\. Start that many"):
+        gpu_of(2, 1, {})
+    with pytest.raises(ProcessError, match="process 2 of this machine has no GPU"):
+        gpu_of(2, 2, {"SLURM_LOCALID": "2"})
+
+
+def test_an_error_of_one_process_is_printed_by_that_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    for error in (ConfigError("all say it"), ProcessError("I say it")):
+        with user_errors():
+            raise error
+    printed = capsys.readouterr().err
+    assert "error: I say it" in printed
+    assert "[rank 5 on " in printed
+    assert "all say it" not in printed
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from transformers import AutoModelForCausalLM
 from s2moe.config import load, to_dict
 from s2moe.config.run import RunConfig
 from s2moe.training.checkpoint import find_latest
+from s2moe.training.evaluation import Score
 from s2moe.training.metrics_log import read
+from s2moe.training.report import report
+from s2moe.training.run import Result
 from s2moe.training.weights import Weights, find_weights, load_weights
 from tests.distributed_harness import run_distributed
 
-from .jobs import tiny_run
+from .jobs import DISK, GRADIENT, tiny_run
 
 TRAIN = "tests.training.jobs:train"
 TIMING = {"seconds", "tokens_per_second"}
@@ -181,3 +185,78 @@ def test_non_finite_loss_stops_and_names_step_rank_and_layer(finished: Path, mod
     assert latest.state.step == 2
     assert all(torch.isfinite(p).all() for p in load_weights(Weights(checkpoint=latest)).parameters())
     assert events(finished, name)[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_non_finite_gradient_stops_before_it_is_saved(finished: Path, ranks: int) -> None:
+    name = f"gradient{ranks}"
+    batch = "training.micro_batch=null"
+    answer = run(finished, f"name={name}", batch, "logging.every=100", ranks=ranks, poison=(0, 3, GRADIENT))
+    assert "stopped at step 4: the gradient is not finite (norm " in answer["error"]
+    latest = find_latest(finished / "runs" / name / "checkpoints")
+    assert latest is not None
+    assert latest.state.step == 2
+
+
+def test_a_full_disk_on_one_rank_ends_both_with_one_error(finished: Path) -> None:
+    path, common = tiny_run(finished)
+    overrides = [*common, "name=full", "training.micro_batch=null", "training.expert_parallel=2"]
+    answers = run_distributed(TRAIN, 2, path, overrides, (1, 3, DISK))
+    assert answers[0] == answers[1]
+    assert "cannot write the checkpoint step-" in answers[0]["error"]
+    assert "No space left on device; the last complete checkpoint is intact" in answers[0]["error"]
+    assert not list((finished / "runs" / "full" / "checkpoints").glob(".tmp-*"))
+    assert run_distributed(TRAIN, 2, path, overrides, None)[0]["finished"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_changed_weight_decay_counts_after_resuming(finished: Path, stage: int) -> None:
+    shape = (f"training.zero_stage={stage}", "model.hidden_dropout=0", "training.steps=4", "checkpoint.keep=9")
+    sums = {}
+    for name, decay in (("same", "0.1"), ("decayed", "50")):
+        common = (f"name={name}{stage}", *shape)
+        assert run(finished, *common, "optimizer.weight_decay=0.1")["finished"]
+        runs = finished / "runs" / f"{name}{stage}"
+        shutil.rmtree(runs / "checkpoints" / "step-00000004")
+        assert run(finished, *common, f"optimizer.weight_decay={decay}")["finished"]
+        sums[name] = {key: float(value.abs().sum()) for key, value in weights(finished, f"{name}{stage}").items()}
+    assert sums["decayed"]["lm_head.weight"] < 0.9 * sums["same"]["lm_head.weight"]
+    assert sums["decayed"]["model.norm.weight"] > 0.9 * sums["same"]["model.norm.weight"]
+
+
+def test_fewer_steps_than_done_are_refused(finished: Path) -> None:
+    answer = run(finished, "name=whole", "training.steps=4")
+    assert "step-00000006 is beyond it, got 4: ask for at least 6 steps, or start a new run" in answer["error"]
+
+
+def test_results_of_an_attempt_without_checkpoint_go(finished: Path) -> None:
+    directory = finished / "runs" / "again"
+    (directory / "hf").mkdir(parents=True)
+    (directory / "curves.png").write_text("old")
+    assert not run(finished, "name=again", "training.stop_after_minutes=1e-9")["finished"]
+    assert not (directory / "hf").exists()
+    assert not (directory / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.precision=fp16", "training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU"),
+        ("logging.sample_prompt=''", "logging.sample_prompt: '' has no token"),
+    ],
+)
+def test_impossible_before_training_starts(finished: Path, override: str, message: str) -> None:
+    assert message in run(finished, "name=impossible", override)["error"]
+    assert not (finished / "runs" / "impossible").exists()
+
+
+def test_a_failing_sample_does_not_lose_the_report(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, overrides = tiny_run(finished)
+    config = load(RunConfig, path, [*overrides, "name=whole"])
+    latest = find_latest(finished / "runs" / "whole" / "checkpoints")
+    assert latest is not None
+    result = Result(finished / "runs" / "whole", True, latest.state, Score(100.0, 600, 600), Path("nowhere"))
+    text = report(config, result)
+    assert text.startswith("6 steps, 768 tokens")
+    assert "no sample: " in text
+    assert text.endswith("run directory: " + str(result.directory))

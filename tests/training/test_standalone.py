@@ -1,0 +1,104 @@
+"""Evaluating and exporting weights: what they were trained with is checked, and nothing else is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.evaluate import parse
+from s2moe.config import ConfigError
+from s2moe.data import ByteTokenizer, CharacterTokenizer, write_corpus
+from s2moe.models import S2MoEForCausalLM
+from s2moe.models.configuration import S2MoEConfig
+from s2moe.training.export import write_hf
+from s2moe.training.standalone import evaluate_weights, export_checkpoint, find_device
+from s2moe.training.weights import Weights, find_weights
+from tests.distributed_harness import run_distributed
+
+from .jobs import tiny_run
+
+TEXT = "abcab cabba " * 40
+
+
+def exported(target: Path, tokenizer: Any) -> Path:
+    """A small untrained model with its tokenizer, as a run exports it."""
+    config = S2MoEConfig(
+        vocab_size=256,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        moe={"num_experts": 2, "expert_hidden": 16},
+    )
+    torch.manual_seed(0)
+    write_hf(config, S2MoEForCausalLM(config).state_dict(), target, tokenizer, {"run": "x", "step": 3})
+    return target
+
+
+def evaluate(hf: Path, corpus: Path, *arguments: str) -> dict[str, Any]:
+    return evaluate_weights(parse(["--checkpoint", str(hf), "--data", str(corpus), "--device", "cpu", *arguments]))
+
+
+def test_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
+    target = exported(tmp_path / "hf", ByteTokenizer())
+    exported(target, ByteTokenizer())
+    other = tmp_path / "thesis"
+    other.mkdir()
+    exported(other, None)  # an empty directory holds nothing that could be lost
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "chapter.txt").write_text("text")
+    with pytest.raises(ConfigError, match="notes exists and is not an exported model: give another --out"):
+        exported(other, None)
+    assert (other / "chapter.txt").read_text() == "text"
+
+
+def test_the_tokenizer_must_be_that_of_training(tmp_path: Path) -> None:
+    hf = exported(tmp_path / "hf", ByteTokenizer())
+    splits = {"train": TEXT, "valid": TEXT, "test": TEXT}
+    for name, tokenizer in (("bytes", ByteTokenizer()), ("characters", CharacterTokenizer(sorted(set(TEXT))))):
+        write_corpus(tmp_path / name, name, splits, tokenizer)
+    answer = evaluate(hf, tmp_path / "bytes", "--context", "8", "--segment", "8")
+    assert (answer["symbols"], answer["attention_window"]) == (len(TEXT), 16)
+    with pytest.raises(ConfigError, match=r"was trained with the tokenizer byte:.*characters has char.*: give"):
+        evaluate(hf, tmp_path / "characters")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--attention-window", "-5"),
+        ("--context", "-1"),
+        ("--batch", "0"),
+        ("--segment", "0"),
+        ("--max-symbols", "0"),
+        ("--experts-per-token", "0"),
+    ],
+)
+def test_impossible_numbers(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--checkpoint", "x", "--data", "y", *arguments])
+    assert f"argument {arguments[0]}: must " in capsys.readouterr().err
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device(None) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="--device cuda: this machine has 0 GPUs"):
+        find_device("cuda")
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        find_device("gpu")
+
+
+def test_a_finished_run_is_exported_from_its_checkpoint(tmp_path: Path) -> None:
+    path, overrides = tiny_run(tmp_path)
+    run_distributed("tests.training.jobs:train", 1, path, [*overrides, "training.steps=2"])
+    run = tmp_path / "runs" / "tiny"
+    weights = find_weights(run)
+    assert weights.hf == run / "hf"
+    target = export_checkpoint(run, tmp_path / "out", None)
+    assert Weights(hf=target).tokenizer == weights.tokenizer
+    assert (target / "model.safetensors").read_bytes() == (run / "hf" / "model.safetensors").read_bytes()
