@@ -30,7 +30,10 @@ import argparse
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from s2moe.config.run import RunConfig
 
 try:
     from launcher.common import fail, prepare_environment, run
@@ -82,7 +85,7 @@ def main(arguments: list[str]) -> None:
         train(config)
 
 
-def dry_run(config, world_size: int | None) -> None:  # type: ignore[no-untyped-def]
+def dry_run(config: RunConfig, world_size: int | None) -> None:
     """Print what the run would cost on `world_size` processes (default: one copy of the experts)."""
     from s2moe.config.run import check_world
     from s2moe.data import CorpusError
@@ -99,7 +102,7 @@ def dry_run(config, world_size: int | None) -> None:  # type: ignore[no-untyped-
         print(plan(config, config.model_config(vocabulary), world_size))
 
 
-def train(config) -> None:  # type: ignore[no-untyped-def]
+def train(config: RunConfig) -> None:
     """Train, then report."""
     from s2moe.training.processes import start_processes, stop_processes
     from s2moe.training.report import report
