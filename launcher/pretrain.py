@@ -20,6 +20,8 @@ What would it cost? --dry-run prints parameters, memory per process and FLOPs an
 
     python launcher/pretrain.py --config configs/large_10b.yaml --dry-run --world-size 64
 
+Every published method is one setting, model.moe.method=...; --list-methods says which there are.
+
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
 3 the loss or the gradient was not finite, or a checkpoint could not be written.
 """
@@ -59,6 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--list-methods", action="store_true")
     parser.add_argument("--local_rank", "--local-rank", type=int)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*")
     return parser.parse_intermixed_args(arguments)
@@ -75,6 +78,11 @@ def main(arguments: list[str]) -> None:
 
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
         print(f"{__doc__}\n{explain()}")
+        return
+    if options.list_methods:
+        from s2moe.config.explain import list_methods
+
+        print(list_methods())
         return
     if options.config is None:
         fail("error: --config is missing; for example --config configs/quickstart.yaml (--help explains)", 2)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from s2moe.models.configuration import S2MoEConfig
+from s2moe.moe.routing import AttentionState
 from s2moe.precision import KeepsBuffers
 
 
@@ -76,8 +77,8 @@ class S2MoEAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, D] to [B, S, D] and, with eager attention, the probabilities [B, H, S, S']."""
+    ) -> tuple[Tensor, Tensor | None, AttentionState]:
+        """[B, S, D] to [B, S, D]; with eager attention the probabilities [B, H, S, S']; and what it was made of."""
         lead = hidden_BSD.shape[:-1]
         query_BHSC = self.q_proj(hidden_BSD).view(*lead, -1, self.head_dim).transpose(1, 2)
         key_BGSC = self.k_proj(hidden_BSD).view(*lead, -1, self.head_dim).transpose(1, 2)
@@ -96,4 +97,5 @@ class S2MoEAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(out_BSHC.reshape(*lead, -1).contiguous()), probability
+        state = AttentionState(query_BHSC, key_BGSC, value_BGSC, out_BSHC, self.scaling)
+        return self.o_proj(out_BSHC.reshape(*lead, -1).contiguous()), probability, state

@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from s2moe.models.attention import S2MoEAttention, S2MoERotaryEmbedding
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.experts import Experts
+from s2moe.moe.history import History
 from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer
 from s2moe.moe.routers import LinearScores, Router
 from s2moe.moe.routing import LayerStatistics, RoutingContext
@@ -55,6 +56,12 @@ class S2MoEDecoderLayer(GradientCheckpointingLayer):
         else:
             self.mlp = DenseMLP(config.hidden_size, config.intermediate_size, moe.expert_form, moe.activation)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        sparse_before = sum(moe.is_sparse(layer) for layer in range(layer_idx))
+        self.history_slot = config.num_hidden_layers + sparse_before
+
+    def history(self, cache: Cache) -> History:
+        """Where this block's router keeps what it has to know of earlier positions: behind the attention's layers."""
+        return History(cache, self.history_slot)
 
     def forward(
         self,
@@ -65,13 +72,19 @@ class S2MoEDecoderLayer(GradientCheckpointingLayer):
         context: RoutingContext | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, LayerStatistics | None]:
-        attended, probability = self.attention(
+        attended, probability, attention = self.attention(
             self.attention_norm(hidden_BSD), position_embeddings, attention_mask, past_key_values, **kwargs
         )
         hidden_BSD = hidden_BSD + self.dropout(attended)
         normed_BSD = self.mlp_norm(hidden_BSD)
         statistics = None
         if self.is_sparse:
+            router = self.moe.router
+            context = replace(
+                context or RoutingContext(),
+                attention=attention if router.wants_attention else None,
+                history=self.history(past_key_values) if router.keeps_history and past_key_values is not None else None,
+            )
             mixed, statistics = self.moe(normed_BSD, context)
         else:
             mixed = self.mlp(normed_BSD)
@@ -157,6 +170,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
         output_attentions: bool | None = None,
         context: RoutingContext | None = None,
         experts_per_token: int | None = None,
+        target_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> S2MoEModelOutput:
         """Hidden states [B, S, D] after the final norm.
@@ -165,6 +179,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
             context: keys the layers' randomness in training. Without one it is keyed by torch's seed,
                 the rank, and the number of training forwards of this process so far.
             experts_per_token: k' of a slimmed evaluation; None keeps the trained k.
+            target_ids: what is to be predicted at each position [B, S], for objectives on hidden states.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -189,7 +204,13 @@ class S2MoEModel(S2MoEPreTrainedModel):
         else:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        context = self._context(context, experts_per_token, attention_mask, inputs_embeds)
+        context = replace(
+            self._context(context, experts_per_token, attention_mask, inputs_embeds),
+            layers=self.config.num_hidden_layers,
+            token_T=None if input_ids is None else input_ids.reshape(-1),
+            target_T=None if target_ids is None else target_ids.reshape(-1),
+            attention_mask=attention_mask,
+        )
 
         hidden_BSD = self.dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids)
@@ -277,8 +298,12 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             logits_to_keep: only the last so many positions' logits (0: all), or those at an index tensor.
             context, experts_per_token: see S2MoEModel.forward.
         """
+        targets_BS = shift_labels
+        if labels is not None and shift_labels is None:
+            targets_BS = F.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.model(
             input_ids=input_ids,
+            target_ids=targets_BS,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -336,7 +361,7 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
-        """After an optimizer step: tell each router the step's load, summed over micro-batches and ranks.
+        """After an optimizer step: give each router its feedback, summed over micro-batches and ranks.
 
         Args:
             routing: the ``routing`` of each micro-batch's output since the last step.
@@ -344,7 +369,6 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         layers = {module.layer: module for module in self.modules() if isinstance(module, SMoELayer)}
         for per_microbatch in zip(*routing, strict=True):
             moe = layers[per_microbatch[0].layer]
-            if not moe.router.wants_load:
-                continue
-            load_E = torch.stack([statistics.counts_E for statistics in per_microbatch]).sum(0).float()
-            moe.router.after_step(all_reduce_sum(load_E, moe.parallel.data_group))
+            parts = [statistics.feedback for statistics in per_microbatch if statistics.feedback is not None]
+            if parts:
+                moe.router.after_step(all_reduce_sum(torch.stack(parts).sum(0), moe.parallel.data_group))

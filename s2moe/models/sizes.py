@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from s2moe.models.configuration import S2MoEConfig
+from s2moe.moe.routers import ROUTERS
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> Mo
     dense_mlp = (layers - sparse) * (matrices * width + bias) * config.intermediate_size
     shared = sparse * moe.shared_experts * (matrices * width + bias) * moe.expert_hidden
     expert = (matrices * width + bias) * moe.expert_hidden
-    router_rows = moe.num_experts * (2 if moe.router.get("noise") == "shazeer" else 1)
+    with torch.device("meta"):  # counted, not built
+        router = ROUTERS[moe.router["name"]](width, moe.num_experts, moe.experts_per_token, moe.router_options())
+    router_parameters = sum(parameter.numel() for parameter in router.parameters())
     gate = (width + 1) if moe.stochastic.enabled else 0
     head = config.vocab_size * width
 
     expert_macs = sparse * choices * matrices * width * moe.expert_hidden
-    router_macs = sparse * router_rows * width
+    router_macs = sparse * router.macs_per_token()
     macs = attention + dense_mlp + shared + expert_macs + router_macs + head
     noisy_macs = expert_macs + router_macs if moe.stochastic.enabled else 0
     return ModelSizes(
@@ -77,7 +82,7 @@ def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> Mo
         attention=attention,
         dense=dense_mlp + shared,
         experts=sparse * moe.num_experts * expert,
-        router=sparse * (router_rows * width + gate),
+        router=sparse * (router_parameters + gate),
         norm=(2 * layers + 1) * width,
         active_experts=sparse * choices * expert,
         macs_per_token=macs,

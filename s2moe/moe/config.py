@@ -102,7 +102,8 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
             raise ValueError(
                 f"{section}: expected a section of settings, got {given[section]!r}; e.g. router.name=topk"
             )
-    merged = deep_merge(METHODS[method].settings, given)
+    num_experts = given.get("num_experts", MoEConfig.__dataclass_fields__["num_experts"].default)
+    merged = deep_merge(METHODS[method].defaults(num_experts), given)
     router = dict(merged.get("router") or {})
     router.setdefault("name", "topk")
     if router["name"] not in ROUTERS:
@@ -113,6 +114,12 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     stochastic = build(StochasticOptions, merged.get("stochastic") or {}, "stochastic")
     config = build(MoEConfig, {**merged, "router": router, "stochastic": stochastic}, "moe")
     config.router = {"name": router["name"], **asdict(config.router_options())}
+    refusal = ROUTERS[router["name"]].refuses_noise
+    if stochastic.enabled and refusal:
+        raise ValueError(
+            f"stochastic.enabled (S2MoE) cannot use the router {router['name']!r}: {refusal}. Set "
+            "stochastic.enabled=false, or another router.name"
+        )
     return config
 
 

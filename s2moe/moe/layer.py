@@ -78,12 +78,15 @@ class SMoELayer(EngineMoELayer):
             out_TD = out_TD + self.shared(hidden_TD)
         losses = list(routing.losses.values())
         loss = torch.stack(losses).sum() if losses else out_TD.new_zeros((), dtype=torch.float32)
-        statistics = LayerStatistics(self.layer, loss, routing.load_E, {**routing.stats, **values})
+        values = {**routing.stats, **values}
+        statistics = LayerStatistics(self.layer, loss, routing.load_E, values, routing.feedback)
         return out_TD.view_as(hidden_BSD), statistics
 
     def mix(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing, dict[str, Tensor]]:
         """The experts' mixture for each token, the routing behind it, and figures beyond the router's."""
         routing = self.router(hidden_TD, context)
+        if context.probe is not None:
+            context.probe.record(self, hidden_TD, routing, context)
         return dispatch(hidden_TD, routing, self.experts, self.parallel), routing, {}
 
 

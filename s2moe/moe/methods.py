@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """``summary`` is the line that ``--list-methods`` prints; ``settings`` are defaults below the user's own."""
+    """A published method.
+
+    ``summary`` is the line that ``--list-methods`` prints; ``settings`` are defaults below the user's own, or a
+    function that makes them from the number of experts.
+    """
 
     summary: str
-    settings: dict[str, Any]
+    settings: dict[str, Any] | Callable[[int], dict[str, Any]]
+
+    def defaults(self, num_experts: int) -> dict[str, Any]:
+        """The settings for a layer of so many experts."""
+        return self.settings(num_experts) if callable(self.settings) else self.settings
 
 
 METHODS: dict[str, Method] = {

@@ -1,17 +1,39 @@
 """The two values a router deals in: what it is told, and what it answers.
 
-Legend: T tokens, E experts, K choices per token, N assignments.
+Legend: B sequences, S tokens of each, T = B S tokens, E experts, K choices per token, N assignments,
+L positions that a token may look back on (cached ones included), H heads, G key/value heads, C head width.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from s2moe.moe.history import History
+    from s2moe.moe.layer import SMoELayer
+
+
+class AttentionState(NamedTuple):
+    """What the attention before an SMoE layer computed; handed on to routers that ask for it (``wants_attention``)."""
+
+    query_BHSC: Tensor  # with rotary positions
+    key_BGLC: Tensor  # with rotary positions, cached ones included
+    value_BGLC: Tensor
+    out_BSHC: Tensor  # each head's output, before the output projection
+    scaling: float  # factor of query · key
+
+
+class Probe(Protocol):
+    """Looks into layers for the collapse metrics: see metrics/probe.py."""
+
+    def record(self, layer: SMoELayer, hidden_TD: Tensor, routing: Routing, context: RoutingContext) -> None:
+        """Called by every SMoE layer with the (clean) hidden states that enter it and their routing."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,14 @@ class RoutingContext:
     mask_T: Tensor | None = None  # False for padding, which takes no part in losses and statistics
     sequences: int = 1  # the T tokens are this many equally long sequences, one after another
     group: ProcessGroup | None = None  # ranks whose micro-batches form the global batch
+    steps: int = 0  # optimizer steps of the whole run, for schedules; 0: not known
+    layers: int = 1  # blocks of the model, of which this is number ``layer``
+    token_T: Tensor | None = None  # int64 ids of the tokens; None where embeddings were given instead
+    target_T: Tensor | None = None  # int64 ids to be predicted, -100 where there is none; None without labels
+    attention: AttentionState | None = None  # of this block, for routers with ``wants_attention``
+    attention_mask: Tensor | None = None  # as the model was given it: [B, L] or [B, 1, S, L]; see moe/history.py
+    history: History | None = None  # earlier positions in cached decoding, for routers with ``keeps_history``
+    probe: Probe | None = None
 
     def for_copy(self) -> RoutingContext:
         """The context of a second pass over the same tokens, whose draws are independent of the first's."""
@@ -40,9 +70,35 @@ class RoutingContext:
 
     def generator(self, device: torch.device, purpose: str) -> torch.Generator:
         """A generator keyed by (seed, step, micro-batch, layer, purpose), the same at every call."""
-        key = f"{self.seed}/{self.step}/{self.microbatch}/{self.layer}/{self.copy}/{purpose}"
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        return _generator(device, self.seed, self.step, self.microbatch, self.layer, self.copy, purpose)
+
+    def shared_generator(self, purpose: str, layer: int | None = None) -> torch.Generator:
+        """A CPU generator keyed by (seed, step, layer, purpose) alone: for decisions in which all ranks agree.
+
+        Args:
+            layer: instead of the context's own; -1, say, for what all layers decide together.
+        """
+        layer = self.layer if layer is None else layer
+        return _generator(torch.device("cpu"), self.seed, self.step, "all", layer, purpose)
+
+    def total_steps(self, given: int | None, what: str) -> int:
+        """The run's steps: as an option gives them, or the trainer.
+
+        Raises:
+            ValueError: if neither does.
+        """
+        steps = given or self.steps
+        if steps < 1:
+            raise ValueError(
+                f"{what} needs the number of training steps: pass context=RoutingContext(step=..., steps=...) to the "
+                "model, or set the router's option schedule_steps"
+            )
+        return steps
+
+
+def _generator(device: torch.device, *key: object) -> torch.Generator:
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 class Routing(NamedTuple):
@@ -61,12 +117,14 @@ class Routing(NamedTuple):
     stats: dict[str, Tensor]  # detached float32 scalars for the log
     num_tokens: int
     choices: int | None  # K where every token has exactly K assignments, None where the list is ragged
+    prob_TE: Tensor | None = None  # detached float32, the router's distribution over experts: rows sum to 1
+    feedback: Tensor | None = None  # detached: summed over a step's micro-batches and ranks for ``Router.after_step``
 
 
 def stack(first: Routing, second: Routing) -> Routing:
     """Route two batches of tokens as one: the second's tokens are numbered after the first's.
 
-    Losses and statistics of the same name are averaged.
+    Losses and statistics of the same name are averaged, the feedback is summed. The distribution is the first's.
     """
     return Routing(
         token_N=torch.cat((first.token_N, second.token_N + first.num_tokens)),
@@ -78,7 +136,13 @@ def stack(first: Routing, second: Routing) -> Routing:
         stats={name: (value + second.stats[name]) / 2 for name, value in first.stats.items()},
         num_tokens=first.num_tokens + second.num_tokens,
         choices=first.choices if first.choices == second.choices else None,
+        prob_TE=first.prob_TE,
+        feedback=first.feedback if second.feedback is None else _sum(first.feedback, second.feedback),
     )
+
+
+def _sum(first: Tensor | None, second: Tensor) -> Tensor:
+    return second if first is None else first + second
 
 
 class LayerStatistics(NamedTuple):
@@ -87,4 +151,5 @@ class LayerStatistics(NamedTuple):
     layer: int
     loss: Tensor  # float32 scalar, the sum of the layer's weighted auxiliary losses
     counts_E: Tensor  # int64, the load: what this rank's real tokens asked of each expert in this micro-batch
-    values: dict[str, Tensor]  # detached float32 scalars: raw losses and figures, by name
+    values: dict[str, Tensor]  # detached float32 scalars: raw losses and figures, by name, the same at every step
+    feedback: Tensor | None = None  # see Routing

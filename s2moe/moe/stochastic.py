@@ -123,6 +123,8 @@ class StochasticSMoELayer(SMoELayer):
         noisy_TD = noisy_copy(hidden_TD, mean, spread, noise_TD)
 
         clean = self.router(hidden_TD, context)
+        if context.probe is not None:
+            context.probe.record(self, hidden_TD, clean, context)
         noisy = self.router(noisy_TD, context.for_copy()) if options.reroute else clean
         routing = stack(clean, noisy)
         out_2TD = dispatch(torch.cat((hidden_TD, noisy_TD)), routing, self.experts, self.parallel)

@@ -133,7 +133,12 @@ class TrainingLoop:
         tokens_BS = torch.from_numpy(self.sampler.batch(first, size))
         if self.processes.device.type == "cuda":
             tokens_BS = tokens_BS.pin_memory().to(self.processes.device, non_blocking=True)
-        context = RoutingContext(seed=self.config.seed, step=self.state.step, microbatch=index * world + rank)
+        context = RoutingContext(
+            seed=self.config.seed,
+            step=self.state.step,
+            steps=self.config.training.steps,
+            microbatch=index * world + rank,
+        )
         torch.manual_seed(_dropout_seed(context))
         return self.engine(
             input_ids=tokens_BS[:, :-1], shift_labels=tokens_BS[:, 1:].contiguous(), context=context, use_cache=False

@@ -34,6 +34,9 @@ class Router(KeepsBuffers):
     """
 
     Options: ClassVar[type[Any]]
+    wants_attention: ClassVar[bool] = False  # whether context.attention is to be filled
+    keeps_history: ClassVar[bool] = False  # whether context.history is to be filled in cached decoding
+    refuses_noise: ClassVar[str] = ""  # why S2MoE cannot use this router for its two passes; empty: it can
 
     def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, options: Any) -> None:
         super().__init__()
@@ -50,13 +53,16 @@ class Router(KeepsBuffers):
     def reset_parameters(self, std: float) -> None:
         """Initialise the parameters and buffers that are the router's own, not a submodule's."""
 
-    @property
-    def wants_load(self) -> bool:
-        """Whether ``after_step`` is to be called, which costs a sum over ranks."""
-        return False
+    def after_step(self, feedback: Tensor) -> None:
+        """Called once after each optimizer step with the sum of ``Routing.feedback`` over micro-batches and ranks.
 
-    def after_step(self, load_E: Tensor) -> None:
-        """Called once after each optimizer step with the step's load over all ranks, float32 [E]."""
+        Not called where the routing carried none. State that changes with training is changed here, never in
+        ``forward``, which activation recomputation repeats.
+        """
+
+    def macs_per_token(self) -> int:
+        """Multiply-accumulates of scoring one token; here one for each number in the router's matrices."""
+        return sum(tensor.numel() for tensor in [*self.parameters(), *self.buffers()] if tensor.dim() == 2)
 
     def choices(self, context: RoutingContext) -> int:
         """Experts per token now: the trained number, or the evaluation's own.

@@ -17,28 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2moe.moe.assignments import keep, load_of, per_token
+from s2moe.moe.balancing import BalanceOptions, global_load, weigh
 from s2moe.moe.capacity import expert_capacity, keep_within_capacity
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
-from s2moe.moe.rows import count
 from s2moe.objectives.balance import (
     importance_loss,
     kl_balance_loss,
-    masked_mean,
     mean_probability,
     noisy_load_loss,
     switch_balance_loss,
     z_loss,
 )
 from s2moe.options import option
-from s2moe.parallel.expert_parallel import all_reduce_sum
 from s2moe.precision import full_precision
 
 COMBINE = ("softmax_then_topk", "topk_then_softmax", "sigmoid", "straight_through")
 
 
 @dataclass(kw_only=True)
-class TopKOptions:
+class TopKOptions(BalanceOptions):
     """Options of ``router.name: topk``."""
 
     combine: str = option(
@@ -70,20 +69,12 @@ class TopKOptions:
         "before later ones (GShard); probability: heavier weights before lighter ones",
         choices=("position", "probability"),
     )
-    balance_loss: float = option(0.01, "coefficient of the balance loss; 0 switches it off")
     balance_form: str = option(
         "switch",
         "switch: E sum f_i P_i over all choices; gshard: f from first choices only; kl: KL(mean probability || "
         "uniform), which needs no f",
         choices=("switch", "gshard", "kl"),
     )
-    balance_scope: str = option(
-        "global",
-        "over which tokens f is counted: global: the micro-batches of all ranks (local statistics over-regularise); "
-        "local: this rank's micro-batch. Accumulated micro-batches are balanced one by one either way",
-        choices=("global", "local"),
-    )
-    z_loss: float = option(0.0, "coefficient of mean logsumexp(logits)^2 (ST-MoE: 1e-3)")
     importance_loss: float = option(0.0, "coefficient of CV^2 of summed gate values (Shazeer: 0.1)")
     load_loss: float = option(0.0, "coefficient of CV^2 of the smooth load; needs noise=shazeer (Shazeer: 0.1)")
     bias_update_rate: float = option(
@@ -142,37 +133,24 @@ class TopKRouter(Router):
         expert_TK = self._select(logits_TE, value_TE, choices)
         weight_TK = self._weights(logits_TE, value_TE, expert_TK)
 
-        load_E = self._load(expert_TK, context.mask_T)
+        load_E = load_of(expert_TK, self.num_experts, context.mask_T)
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         if self.training:
             balance_TE = value_TE / value_TE.sum(-1, keepdim=True) if self.options.combine == "sigmoid" else prob_TE
             raw = self._losses(clean_TE, logits_TE, std_TE, balance_TE, weight_TK, expert_TK, load_E, context)
-            losses = {name: getattr(self.options, name) * loss for name, loss in raw.items()}
-            stats = {name: loss.detach() for name, loss in raw.items()}
-        stats.update(_figures(prob_TE.detach(), weight_TK.detach(), context.mask_T))
-
-        tokens = hidden_TD.shape[0]
-        token_N = torch.arange(tokens, device=hidden_TD.device).repeat_interleave(choices)
-        expert_N, weight_N, ragged = expert_TK.reshape(-1), weight_TK.reshape(-1), False
-        if self.training and self.options.capacity_factor is not None:
-            capacity = expert_capacity(
-                self.options.capacity_factor, choices, self.num_experts, tokens, context.mask_T
-            ).to(hidden_TD.device, non_blocking=True)
-            kept_N = keep_within_capacity(
-                expert_TK, weight_TK, self.num_experts, capacity, self.options.drop_policy, context.mask_T
-            ).reshape(-1)
-            # Selecting the kept ones waits for the device: their number decides every shape that follows.
-            token_N, expert_N, weight_N, ragged = token_N[kept_N], expert_N[kept_N], weight_N[kept_N], True
-            stats["dropped_fraction"] = 1 - kept_N.sum() / load_E.sum().clamp(min=1)
-        counts_E = load_E if context.mask_T is None and not ragged else count(expert_N, self.num_experts)
-        choices_or_ragged = None if ragged else choices
-        return Routing(token_N, expert_N, weight_N, counts_E, load_E, losses, stats, tokens, choices_or_ragged)
-
-    def _load(self, expert_TK: Tensor, mask_T: Tensor | None) -> Tensor:
-        """How often real tokens chose each expert, int64 [E]."""
-        counted_N = None if mask_T is None else mask_T[:, None].expand_as(expert_TK).reshape(-1)
-        return count(expert_TK.reshape(-1), self.num_experts, counted_N)
+            losses, stats = weigh(self.options, raw)
+        feedback = load_E.float() if self.training and self.options.bias_update_rate else None
+        routing = per_token(expert_TK, weight_TK, prob_TE, context, losses, stats, load_E, feedback)
+        if not self.training or self.options.capacity_factor is None:
+            return routing
+        capacity = expert_capacity(
+            self.options.capacity_factor, choices, self.num_experts, len(hidden_TD), context.mask_T
+        ).to(hidden_TD.device, non_blocking=True)
+        kept_TK = keep_within_capacity(
+            expert_TK, weight_TK, self.num_experts, capacity, self.options.drop_policy, context.mask_T
+        )
+        return keep(routing, kept_TK.reshape(-1))
 
     def _logits(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clean logits, the (noisy, in training) logits that decide, and the noise's standard deviation."""
@@ -232,9 +210,9 @@ class TopKRouter(Router):
                 losses["balance_loss"] = kl_balance_loss(prob_E)
             else:
                 if options.balance_form == "gshard":
-                    load_E = self._load(expert_TK[:, :1], mask_T)
-                group = context.group if options.balance_scope == "global" else None
-                losses["balance_loss"] = switch_balance_loss(all_reduce_sum(load_E, group).to(prob_E.dtype), prob_E)
+                    load_E = load_of(expert_TK[:, :1], self.num_experts, mask_T)
+                load_E = global_load(options, load_E, context)
+                losses["balance_loss"] = switch_balance_loss(load_E.to(prob_E.dtype), prob_E)
         if options.z_loss:
             losses["z_loss"] = z_loss(clean_TE, mask_T)
         if options.importance_loss:
@@ -245,21 +223,8 @@ class TopKRouter(Router):
             losses["load_loss"] = noisy_load_loss(clean_TE, logits_TE, std_TE, expert_TK.shape[1], mask_T)
         return losses
 
-    @property
-    def wants_load(self) -> bool:
-        return self.options.bias_update_rate > 0
-
     @torch.no_grad()
     def after_step(self, load_E: Tensor) -> None:
         """Move the selection bias against the load by a fixed step; centred, as only differences matter."""
         self.bias_E += self.options.bias_update_rate * torch.sign(load_E.mean() - load_E)
         self.bias_E -= self.bias_E.mean()
-
-
-def _figures(prob_TE: Tensor, weight_TK: Tensor, mask_T: Tensor | None) -> dict[str, Tensor]:
-    """Router confidence: mean entropy of a token's probabilities (nats) and mean weight of its first choice."""
-    entropy_T = -torch.special.xlogy(prob_TE, prob_TE).sum(-1)
-    return {
-        "router_entropy": masked_mean(entropy_T, mask_T),
-        "first_weight": masked_mean(weight_TK[:, 0], mask_T),
-    }
