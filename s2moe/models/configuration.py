@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from s2moe.moe.config import MoEConfig, StochasticOptions, build, resolve_moe
+from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
 from s2moe.options import option
 
 
@@ -116,5 +116,4 @@ class S2MoEConfig(PreTrainedConfig):
     def moe_config(self) -> MoEConfig:
         """The typed options of the SMoE layers."""
         assert self.moe is not None  # set in __post_init__
-        stochastic = build(StochasticOptions, self.moe["stochastic"], "stochastic")
-        return build(MoEConfig, {**self.moe, "stochastic": stochastic}, "moe")
+        return typed_moe(self.moe)

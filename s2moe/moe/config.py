@@ -97,7 +97,7 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     method = given.get("method", MoEConfig.__dataclass_fields__["method"].default)
     if method not in METHODS:
         raise ValueError(f"method: unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
-    for section in ("router", "stochastic"):
+    for section in ("router", *SECTIONS):
         if not isinstance(given.get(section) or {}, dict):
             raise ValueError(
                 f"{section}: expected a section of settings, got {given[section]!r}; e.g. router.name=topk"
@@ -111,16 +111,24 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
         raise ValueError(
             f"router.name: unknown router {router['name']!r}{nearest(router['name'], ROUTERS)}; known: {known}"
         )
-    stochastic = build(StochasticOptions, merged.get("stochastic") or {}, "stochastic")
-    config = build(MoEConfig, {**merged, "router": router, "stochastic": stochastic}, "moe")
+    config = typed_moe({**merged, "router": router})
     config.router = {"name": router["name"], **asdict(config.router_options())}
     refusal = ROUTERS[router["name"]].refuses_noise
-    if stochastic.enabled and refusal:
+    if config.stochastic.enabled and refusal:
         raise ValueError(
             f"stochastic.enabled (S2MoE) cannot use the router {router['name']!r}: {refusal}. Set "
             "stochastic.enabled=false, or another router.name"
         )
     return config
+
+
+SECTIONS: dict[str, type[Any]] = {"stochastic": StochasticOptions}  # fields of MoEConfig with options of their own
+
+
+def typed_moe(values: dict[str, Any]) -> MoEConfig:
+    """MoEConfig from plain dictionaries, checked; the router's options are taken as they are."""
+    sections = {name: build(cls, values.get(name) or {}, name) for name, cls in SECTIONS.items()}
+    return build(MoEConfig, {**values, **sections}, "moe")
 
 
 def build(cls: type[Any], values: dict[str, Any], where: str) -> Any:
