@@ -59,7 +59,7 @@ def train(degree: int, stage: int, steps: int, moe: dict[str, Any], ds_config: d
         routing = []
         for accumulation in range(2):
             tokens = torch.randint(0, VOCABULARY, (world, 2, 17), generator=generator)[rank]
-            context = RoutingContext(step=step, microbatch=accumulation * world + rank)
+            context = RoutingContext(step=step, steps=steps, microbatch=accumulation * world + rank)
             output = engine(input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous(), context=context)
             engine.backward(output.loss)
             routing.append(output.routing)
