@@ -1,9 +1,10 @@
 """Load-balancing and router losses, all in float32, all means over tokens.
 
-Legend: T tokens, E experts, K choices per token. ``mask_T`` is False for padding, which no loss sees.
+Legend: T tokens, E experts, K choices per token, B sequences, S tokens of each. ``mask_T`` is False for padding, which
+no loss sees.
 
 Sources: Shazeer et al. 2017 (importance, load), Lepikhin et al. 2020 (GShard), Fedus et al. 2021
-(Switch), Zoph et al. 2022 (z-loss).
+(Switch), Zoph et al. 2022 (z-loss), DeepSeek-AI 2024 (sequence-wise balance).
 """
 
 from __future__ import annotations
@@ -40,6 +41,25 @@ def switch_balance_loss(load_E: Tensor, prob_E: Tensor) -> Tensor:
     return load_E.numel() * (fraction_E.detach() * prob_E).sum()
 
 
+def sequence_balance_loss(prob_TE: Tensor, choices: int, sequences: int = 1, mask_T: Tensor | None = None) -> Tensor:
+    """Switch's loss within each of ``sequences`` equally long sequences, averaged over them (DeepSeek-V3, eq. 17-20).
+
+    E Σ_i f_i P_i, where f_i is the share of a sequence's ``choices`` highest scores that expert i has. The choice is
+    taken from ``prob_TE`` itself: a selection bias has no part in it. Sequences of padding alone count for nothing.
+    """
+    experts = prob_TE.shape[-1]
+    prob_BSE = prob_TE.view(sequences, len(prob_TE) // sequences, experts)
+    with torch.no_grad():
+        chosen_BSE = torch.zeros_like(prob_BSE).scatter_(-1, prob_BSE.topk(choices, dim=-1).indices, 1.0)
+        weight_BS1 = torch.ones_like(prob_BSE[..., :1])
+        if mask_T is not None:
+            weight_BS1 = mask_T.view(weight_BS1.shape).to(prob_BSE.dtype)
+        tokens_B1 = weight_BS1.sum(1)
+        fraction_BE = (chosen_BSE * weight_BS1).sum(1) / (choices * tokens_B1.clamp(min=1))
+    mean_BE = (prob_BSE * weight_BS1).sum(1) / tokens_B1.clamp(min=1)
+    return experts * (fraction_BE * mean_BE).sum() / (tokens_B1 > 0).sum().clamp(min=1)
+
+
 def kl_balance_loss(prob_E: Tensor) -> Tensor:
     """KL(mean probability ‖ uniform) = log E − H(P): 0 at balance, log E at collapse."""
     # Clamped, since without any token P is 0, where the gradient of P log P is not finite.
@@ -51,16 +71,20 @@ def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
     return masked_mean(torch.logsumexp(logits_TE, dim=-1).square(), mask_T)
 
 
-def cv_squared(value_E: Tensor) -> Tensor:
-    """Squared coefficient of variation, population variance / mean² (Shazeer et al., eq. 7)."""
-    return value_E.var(correction=0) / (value_E.mean().square() + 1e-10)
+def cv_squared(value_E: Tensor, unbiased: bool = False) -> Tensor:
+    """Squared coefficient of variation, variance / mean² (Shazeer et al., eq. 7).
+
+    Args:
+        unbiased: divide by E − 1 in the variance, as Krishnamurthy et al. 2023 do; by default by E.
+    """
+    return value_E.var(correction=int(unbiased)) / (value_E.mean().square() + 1e-10)
 
 
-def importance_loss(gate_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
+def importance_loss(gate_TE: Tensor, mask_T: Tensor | None = None, unbiased: bool = False) -> Tensor:
     """CV² of each expert's summed gate value (Shazeer et al., eq. 6-7)."""
     if mask_T is not None:
         gate_TE = gate_TE * mask_T[:, None]
-    return cv_squared(gate_TE.sum(0))
+    return cv_squared(gate_TE.sum(0), unbiased)
 
 
 def noisy_load_loss(
