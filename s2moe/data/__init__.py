@@ -5,6 +5,7 @@
 
 from s2moe.data.baselines import compressor_bits
 from s2moe.data.corpus import Corpus, CorpusMetadata, SplitMetadata, TokenStream
+from s2moe.data.corruption import CORRUPTIONS, corrupt
 from s2moe.data.errors import CorpusError
 from s2moe.data.sampler import WindowSampler, microbatch_start
 from s2moe.data.subwords import SentencePieceTokenizer
@@ -19,6 +20,7 @@ from s2moe.data.words import WordTokenizer
 from s2moe.data.writer import CorpusWriter, write_corpus
 
 __all__ = [
+    "CORRUPTIONS",
     "ByteTokenizer",
     "CharacterTokenizer",
     "Corpus",
@@ -33,6 +35,7 @@ __all__ = [
     "WindowSampler",
     "WordTokenizer",
     "compressor_bits",
+    "corrupt",
     "load_tokenizer",
     "microbatch_start",
     "write_corpus",

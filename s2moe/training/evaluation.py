@@ -63,20 +63,33 @@ class Protocol:
         return LEGACY_PROTOCOLS[self.name][0](tokens)
 
 
-def evaluate(model: nn.Module, stream: Any, vocab_size: int, protocol: Protocol, device: torch.device) -> Score:
+def evaluate(
+    model: nn.Module,
+    stream: Any,
+    vocab_size: int,
+    protocol: Protocol,
+    device: torch.device,
+    contaminated: Any = None,
+) -> Score:
     """Score a token stream (an array with `.symbols`) with `model`. Collective over all processes.
 
     The windows are dealt out so that every process makes equally many forward passes, which expert
     parallelism needs. The model must be in evaluation mode.
 
+    Args:
+        contaminated: what the model reads instead, token by token; scored is still how well it
+            predicts `stream`.
+
     Raises:
-        ValueError: if the stream is too short for the protocol.
+        ValueError: if the stream is too short for the protocol, or the other one not as long as it.
     """
+    if contaminated is not None and len(contaminated) != len(stream):
+        raise ValueError(f"the contaminated stream has {len(contaminated)} tokens, the clean one {len(stream)}")
     total = len(stream) if protocol.max_symbols is None else min(len(stream), protocol.max_symbols)
     windows = protocol.windows(total)
     if len(windows) == 0:
         raise ValueError(f"a split of {total} tokens is too short for the protocol {protocol.name!r}")
-    nats = _negative_log_likelihood(model, stream, windows, protocol, device)
+    nats = _negative_log_likelihood(model, stream, contaminated, windows, protocol, device)
     tokens = int((windows[:, 2] - windows[:, 1]).sum())
     if protocol.name == SLIDING:
         nats += math.log(vocab_size)
@@ -85,7 +98,12 @@ def evaluate(model: nn.Module, stream: Any, vocab_size: int, protocol: Protocol,
 
 
 def _negative_log_likelihood(
-    model: nn.Module, stream: Any, windows_W3: Windows, protocol: Protocol, device: torch.device
+    model: nn.Module,
+    stream: Any,
+    contaminated: Any,
+    windows_W3: Windows,
+    protocol: Protocol,
+    device: torch.device,
 ) -> float:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     length = int((windows_W3[:, 2] - windows_W3[:, 0]).max()) - 1
@@ -103,9 +121,13 @@ def _negative_log_likelihood(
         hidden = None if rank == 0 and rounds >= 20 else True
         for index in tqdm(range(rounds), desc="scoring", unit="batch", leave=False, disable=hidden):
             begin = (index * world + rank) * batch
-            tokens_BL, scored_BL = gather_windows(stream, windows_W3[begin : begin + batch], batch, length)
+            chosen = windows_W3[begin : begin + batch]
+            tokens_BL, scored_BL = gather_windows(stream, chosen, batch, length)
             tokens_BL, scored_BL = tokens_BL.to(device), scored_BL.to(device)
-            logits_BLV = model(input_ids=tokens_BL[:, :-1], **arguments).logits
+            read_BL = tokens_BL
+            if contaminated is not None:
+                read_BL = gather_windows(contaminated, chosen, batch, length)[0].to(device)
+            logits_BLV = model(input_ids=read_BL[:, :-1], **arguments).logits
             nats += _cross_entropy(logits_BLV, tokens_BL[:, 1:], scored_BL)
     if world > 1:
         dist.all_reduce(nats)

@@ -132,6 +132,33 @@ def test_every_symbol_once_with_its_context() -> None:
             assert start == 0 or first - start >= 12
 
 
+@pytest.mark.parametrize("tokens", [50, 48, 9, 2])
+def test_contaminated_context_equals_a_loop_over_symbols(tokens: int) -> None:
+    """Each symbol's cost is that of the clean one, after what the model reads instead of those before it."""
+    model, clean, context, segment = small_model(), stream(tokens), 12, 8
+    read = clean.copy()
+    read[::3] = 0
+    bits = [math.log2(VOCABULARY)]
+    for position in range(1, tokens):
+        start = max(0, position // segment * segment - context)
+        ids = torch.from_numpy(read[start:position].astype(np.int64))[None]
+        with torch.no_grad():
+            log_prob = model(input_ids=ids, use_cache=False).logits[0, -1].double().log_softmax(-1)
+        bits.append(-float(log_prob[int(clean[position])]) / math.log(2))
+    protocol = Protocol(context=context, segment=segment, batch=3)
+    score = evaluate(model, clean, VOCABULARY, protocol, CPU, contaminated=np.asarray(read))
+    assert score.bits_per_symbol == pytest.approx(sum(bits) / tokens, rel=1e-6)
+    assert score.symbols == tokens
+    plain = evaluate(model, clean, VOCABULARY, protocol, CPU)
+    assert evaluate(model, clean, VOCABULARY, protocol, CPU, contaminated=np.asarray(clean)) == plain
+    assert score != plain
+
+
+def test_contaminated_stream_of_another_length_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the contaminated stream has 19 tokens, the clean one 20"):
+        evaluate(small_model(), stream(20), VOCABULARY, Protocol(), CPU, contaminated=stream(19))
+
+
 def test_filled_up_windows_score_nothing_more() -> None:
     tokens, scored = gather_windows(np.arange(10), np.array([[2, 4, 6]]), batch=2, length=5)
     assert tokens.tolist() == [[2, 3, 4, 5, 0, 0], [0] * 6]
