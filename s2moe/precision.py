@@ -23,13 +23,13 @@ def linear(value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class KeepsBuffers(nn.Module):
-    """A module whose own buffers keep their precision when ``.bfloat16()`` or ``.half()`` converts the model."""
+    """A module whose own buffers stay float32 when ``.bfloat16()`` or ``.half()`` converts the model."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             old = before[name]
-            if buffer is not None and old is not None and buffer.dtype.itemsize < old.dtype.itemsize:
-                self._buffers[name] = old.to(buffer.device)
+            if buffer is not None and old is not None and buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+                self._buffers[name] = old.to(buffer.device, torch.float32)
         return self

@@ -77,11 +77,28 @@ class S2MoEConfig(PreTrainedConfig):
                 f"moe.every={moe.every} leaves no SMoE layer among {self.num_hidden_layers} layers: lower it "
                 f"(a dense model on purpose: moe.first_dense={self.num_hidden_layers})"
             )
+        self._complete(moe)
         self.moe = asdict(moe)
         super().__post_init__(**kwargs)
         rope_type, known = (self.rope_parameters or {})["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
         if rope_type not in known:
             raise ValueError(f"rope_parameters: unknown rope_type {rope_type!r}; known: {', '.join(known)}")
+
+    def _complete(self, moe: MoEConfig) -> None:
+        """Fill in what a router has to know of the model, where its options have a field for it and leave it null."""
+        for name in ("vocab_size", "num_attention_heads"):
+            if name in moe.router and moe.router[name] is None:
+                moe.router[name] = getattr(self, name)
+        if moe.router.get("vocab_size", self.vocab_size) < self.vocab_size:
+            raise ValueError(
+                f"moe.router.vocab_size {moe.router['vocab_size']} leaves tokens of the model's vocab_size "
+                f"{self.vocab_size} without a route: leave it null"
+            )
+        if moe.router.get("num_attention_heads", self.num_attention_heads) != self.num_attention_heads:
+            raise ValueError(
+                f"moe.router.num_attention_heads {moe.router['num_attention_heads']} is not the model's "
+                f"num_attention_heads {self.num_attention_heads}: leave it null"
+            )
 
     def _check_types(self) -> None:
         """Before anything is computed from them; transformers itself checks only afterwards."""

@@ -23,6 +23,8 @@ from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.experts import Experts
 from s2moe.moe.history import History
 from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer
+from s2moe.moe.momentum import MomentumState, build_momentum
+from s2moe.moe.regularisers import Regularisers
 from s2moe.moe.routers import LinearScores, Router
 from s2moe.moe.routing import LayerStatistics, RoutingContext
 from s2moe.parallel import ExpertParallel
@@ -58,6 +60,9 @@ class S2MoEDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         sparse_before = sum(moe.is_sparse(layer) for layer in range(layer_idx))
         self.history_slot = config.num_hidden_layers + sparse_before
+        self.momentum_update = build_momentum(moe.momentum, sparse_before) if self.is_sparse else None
+        if self.is_sparse and moe.momentum.legacy_double_residual:
+            self.residual_norm = S2MoERMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def history(self, cache: Cache) -> History:
         """Where this block's router keeps what it has to know of earlier positions: behind the attention's layers."""
@@ -70,13 +75,20 @@ class S2MoEDecoderLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         context: RoutingContext | None = None,
+        momentum: MomentumState | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, LayerStatistics | None]:
+    ) -> tuple[Tensor, Tensor | None, LayerStatistics | None, MomentumState | None]:
+        """Hidden states [B, S, D] after the block; eager attention's probabilities; statistics; MomentumSMoE's state.
+
+        Args:
+            momentum: that state, as the block before returned it; None before the first.
+        """
         attended, probability, attention = self.attention(
             self.attention_norm(hidden_BSD), position_embeddings, attention_mask, past_key_values, **kwargs
         )
         hidden_BSD = hidden_BSD + self.dropout(attended)
-        normed_BSD = self.mlp_norm(hidden_BSD)
+        update = self.momentum_update
+        normed_BSD = self.mlp_norm(hidden_BSD if update is None else update.look_ahead(hidden_BSD, momentum))
         statistics = None
         if self.is_sparse:
             router = self.moe.router
@@ -88,7 +100,12 @@ class S2MoEDecoderLayer(GradientCheckpointingLayer):
             mixed, statistics = self.moe(normed_BSD, context)
         else:
             mixed = self.mlp(normed_BSD)
-        return hidden_BSD + self.dropout(mixed), probability, statistics
+        step_BSD = self.dropout(mixed)
+        if update is not None:
+            step_BSD, momentum = update.step(hidden_BSD, step_BSD, momentum)
+            if update.options.legacy_double_residual:
+                step_BSD = self.residual_norm(hidden_BSD + step_BSD)
+        return hidden_BSD + step_BSD, probability, statistics, momentum
 
 
 class S2MoEPreTrainedModel(PreTrainedModel):
@@ -118,7 +135,7 @@ class S2MoEPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (Experts, LinearScores, Router)):
+        if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
             module.reset_parameters(self.config.initializer_range)
 
 
@@ -216,13 +233,15 @@ class S2MoEModel(S2MoEPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids)
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         every_hidden, every_probability, routing = [hidden_BSD], [], []
+        momentum: MomentumState | None = None
         for layer in self.layers:
-            hidden_BSD, probability, statistics = layer(
+            hidden_BSD, probability, statistics, momentum = layer(
                 hidden_BSD,
                 position_embeddings,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 context=context,
+                momentum=momentum,
                 **kwargs,
             )
             if wants_hidden:
@@ -370,5 +389,5 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         for per_microbatch in zip(*routing, strict=True):
             moe = layers[per_microbatch[0].layer]
             parts = [statistics.feedback for statistics in per_microbatch if statistics.feedback is not None]
-            if parts:
+            if parts and not moe.router.frozen:
                 moe.router.after_step(all_reduce_sum(torch.stack(parts).sum(0), moe.parallel.data_group))

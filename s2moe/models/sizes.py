@@ -26,7 +26,7 @@ class ModelSizes:
     norm: int
     active_experts: int  # routed experts that one token meets in inference
     macs_per_token: int  # one clean forward pass, without attention's score and value products
-    training_macs_per_token: int  # with S2MoE's noisy pass
+    training_macs_per_token: int  # with S2MoE's noisy pass, competitions and a k schedule, averaged over a run
     attention_macs_per_position: int  # score and value products of one token with one earlier position
 
     @property
@@ -57,7 +57,10 @@ def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> Mo
     moe = config.moe_config()
     width, layers = config.hidden_size, config.num_hidden_layers
     sparse = sum(moe.is_sparse(layer) for layer in range(layers))
-    choices = experts_per_token or moe.experts_per_token
+    with torch.device("meta"):  # counted, not built
+        router = ROUTERS[moe.router["name"]](width, moe.num_experts, moe.experts_per_token, moe.router_options())
+    choices = experts_per_token or router.mean_choices(training=False)
+    training_choices = experts_per_token or router.mean_choices(training=True)
     matrices = 3 if moe.expert_form == "gated" else 2
     bias = 0 if moe.expert_form == "gated" else 1
 
@@ -67,25 +70,26 @@ def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> Mo
     dense_mlp = (layers - sparse) * (matrices * width + bias) * config.intermediate_size
     shared = sparse * moe.shared_experts * (matrices * width + bias) * moe.expert_hidden
     expert = (matrices * width + bias) * moe.expert_hidden
-    with torch.device("meta"):  # counted, not built
-        router = ROUTERS[moe.router["name"]](width, moe.num_experts, moe.experts_per_token, moe.router_options())
     router_parameters = sum(parameter.numel() for parameter in router.parameters())
     gate = (width + 1) if moe.stochastic.enabled else 0
     head = config.vocab_size * width
 
-    expert_macs = sparse * choices * matrices * width * moe.expert_hidden
+    one_expert_macs = sparse * matrices * width * moe.expert_hidden
     router_macs = sparse * router.macs_per_token()
-    macs = attention + dense_mlp + shared + expert_macs + router_macs + head
-    noisy_macs = expert_macs + router_macs if moe.stochastic.enabled else 0
+    other_macs = attention + dense_mlp + shared + head
+    passes = 2 if moe.stochastic.enabled else 1
+    training_macs = other_macs + passes * (round(training_choices * one_expert_macs) + router_macs)
+    losers = (moe.num_experts - training_choices) * matrices * width * moe.expert_hidden  # a competition computes them
+    competition_macs = round(moe.competition.layers_per_step(sparse) * losers)
     return ModelSizes(
         embedding=head * (1 if config.tie_word_embeddings else 2),
         attention=attention,
         dense=dense_mlp + shared,
         experts=sparse * moe.num_experts * expert,
         router=sparse * (router_parameters + gate),
-        norm=(2 * layers + 1) * width,
-        active_experts=sparse * choices * expert,
-        macs_per_token=macs,
-        training_macs_per_token=macs + noisy_macs,
+        norm=(2 * layers + 1 + (sparse if moe.momentum.legacy_double_residual else 0)) * width,
+        active_experts=round(sparse * choices * expert),
+        macs_per_token=other_macs + round(choices * one_expert_macs) + router_macs,
+        training_macs_per_token=training_macs + competition_macs,
         attention_macs_per_position=layers * 2 * heads_width,
     )

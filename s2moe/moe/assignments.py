@@ -33,7 +33,7 @@ def per_token(
 
     Args:
         weight_TK: carries the router's gradient.
-        prob_TE: the router's distribution; detached here.
+        prob_TE: the router's distribution.
         losses: weighted already.
         load_E: ``load_of`` these experts, where it is known.
     """
@@ -56,8 +56,24 @@ def per_token(
         },
         num_tokens=tokens,
         choices=choices,
-        prob_TE=prob_TE.detach(),
+        prob_TE=prob_TE,
         feedback=feedback,
+    )
+
+
+def all_pairs(tokens: int, num_experts: int, device: torch.device) -> Routing:
+    """Every expert for every token with weight 1: a token's E assignments are listed in order of experts."""
+    counts_E = torch.full((num_experts,), tokens, device=device)
+    return Routing(
+        token_N=torch.arange(tokens, device=device).repeat_interleave(num_experts),
+        expert_N=torch.arange(num_experts, device=device).repeat(tokens),
+        weight_N=torch.ones(tokens * num_experts, device=device),
+        counts_E=counts_E,
+        load_E=counts_E,
+        losses={},
+        stats={},
+        num_tokens=tokens,
+        choices=num_experts,
     )
 
 
@@ -96,7 +112,7 @@ def ragged(
         },
         num_tokens=tokens,
         choices=None,
-        prob_TE=prob_TE.detach(),
+        prob_TE=prob_TE,
         feedback=feedback,
     )
 

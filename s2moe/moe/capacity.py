@@ -28,6 +28,7 @@ def keep_within_capacity(
     capacity: Tensor | int,
     policy: str,
     mask_T: Tensor | None = None,
+    asked_TK: Tensor | None = None,
 ) -> Tensor:
     """True for the at most ``capacity`` assignments that each expert keeps, bool [T, K].
 
@@ -37,11 +38,14 @@ def keep_within_capacity(
         policy: "position" ranks all first choices before all second choices, and earlier tokens
             before later ones within a choice (GShard, algorithm 1); "probability" ranks by weight,
             highest first, ties by position.
+        asked_TK: False for assignments that are given up before (None: none are); they take nobody's place.
     """
     tokens, choices = expert_TK.shape
     expert_N = expert_TK.T.reshape(-1)  # choice by choice, token by token
     if mask_T is not None:
         expert_N = torch.where(mask_T.repeat(choices), expert_N, num_experts)  # an expert that is not there
+    if asked_TK is not None:
+        expert_N = torch.where(asked_TK.T.reshape(-1), expert_N, num_experts)
     if policy == "probability":
         order_N = weight_TK.T.reshape(-1).argsort(descending=True, stable=True)
     else:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from math import comb
 from typing import Any
 
 from s2moe.moe.expert_product import ACTIVATIONS
 from s2moe.moe.experts import FORMS
 from s2moe.moe.methods import METHODS
+from s2moe.moe.momentum import MomentumOptions
+from s2moe.moe.regularisers import RegulariserOptions
 from s2moe.moe.routers import ROUTERS
 from s2moe.options import deep_merge, nearest, option
 
@@ -52,6 +55,45 @@ class StochasticOptions:
 
 
 @dataclass(kw_only=True)
+class CompetitionOptions:
+    """CompeteSMoE (Nguyen et al. 2025): on some steps all experts compete for each token. See moe/competition.py."""
+
+    enabled: bool = option(False, "hold competitions, from which the router learns (CompeteSMoE)")
+    rate: float = option(0.07, "probability that a layer holds a competition in a training step")
+    warm_up: float = option(0.0, "fraction of the training steps before the first competition")
+    schedule_steps: int | None = option(None, "training steps that warm_up is a fraction of; null: all of the run")
+    max_layers: int = option(3, "at most so many layers hold a competition in one step")
+    combine: str = option(
+        "normalised",
+        "a winner's weight: normalised: its affinity over the sum of the winners' (at k=1 always 1; the scale of a "
+        "router with renormalise=true); softmax: its value of the softmax over all affinities (the scale of a router "
+        "with renormalise=false)",
+        choices=("normalised", "softmax"),
+    )
+    distillation_loss: float = option(
+        0.001, "coefficient of the router's squared distance from the softmax of the affinities"
+    )
+    theta: float = option(0.2, "share of the winners' own squared distance, beside that over all experts")
+    diversity_loss: float = option(0.005, "coefficient of the mean cosine between the winners' outputs")
+    affinity_balance_loss: float = option(0.005, "coefficient of the balance loss on the softmax of the affinities")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"rate is a probability: it must lie in 0..1, got {self.rate}")
+        if not 0 <= self.warm_up < 1:
+            raise ValueError(f"warm_up is a fraction of the run: it must lie in [0, 1), got {self.warm_up}")
+        if self.max_layers < 1:
+            raise ValueError("max_layers must be at least 1; rate=0 or enabled=false holds no competitions")
+
+    def layers_per_step(self, sparse: int) -> float:
+        """How many of ``sparse`` layers hold a competition in a training step, on average over the run."""
+        if not self.enabled:
+            return 0.0
+        chance = [comb(sparse, n) * self.rate**n * (1 - self.rate) ** (sparse - n) for n in range(sparse + 1)]
+        return (1 - self.warm_up) * sum(min(n, self.max_layers) * c for n, c in enumerate(chance))
+
+
+@dataclass(kw_only=True)
 class MoEConfig:
     """The SMoE layers of a model."""
 
@@ -66,6 +108,11 @@ class MoEConfig:
     first_dense: int = option(0, "so many first layers are dense")
     router: dict[str, Any] = option(factory=dict, help="the router's name, and its options")
     stochastic: StochasticOptions = option(factory=StochasticOptions, help="S2MoE's noisy second path")
+    competition: CompetitionOptions = option(factory=CompetitionOptions, help="CompeteSMoE's competitions of experts")
+    regularisers: RegulariserOptions = option(
+        factory=RegulariserOptions, help="objectives on hidden states, router and experts"
+    )
+    momentum: MomentumOptions = option(factory=MomentumOptions, help="MomentumSMoE's velocity from layer to layer")
 
     def __post_init__(self) -> None:
         if not 1 <= self.experts_per_token <= self.num_experts:
@@ -119,10 +166,36 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
             f"stochastic.enabled (S2MoE) cannot use the router {router['name']!r}: {refusal}. Set "
             "stochastic.enabled=false, or another router.name"
         )
+    if config.competition.enabled and config.stochastic.enabled:
+        raise ValueError(
+            "competition.enabled (CompeteSMoE) and stochastic.enabled (S2MoE) exclude each other: a competition would "
+            "have to run all experts on clean and noisy tokens, and no method says which of the two the router is to "
+            "learn from. Set one of them to false"
+        )
+    if config.competition.enabled and config.regularisers.cka_loss:
+        raise ValueError(
+            "competition.enabled (CompeteSMoE) and regularisers.cka_loss (SimSMoE) exclude each other: competitions "
+            "have a diversity loss of their own. Set one of them to false, or 0"
+        )
+    if config.regularisers.cka_loss and config.experts_per_token < 2:
+        raise ValueError(
+            "regularisers.cka_loss (SimSMoE) compares experts on tokens they share, of which there are none with "
+            "experts_per_token=1: set experts_per_token=2 or more, or cka_loss=0"
+        )
+    if config.competition.enabled and router["name"] != "topk":
+        raise ValueError(
+            "competition.enabled (CompeteSMoE) distils the experts' affinities into the logits of a linear router, "
+            f"which the router {router['name']!r} has not: set router.name=topk, or competition.enabled=false"
+        )
     return config
 
 
-SECTIONS: dict[str, type[Any]] = {"stochastic": StochasticOptions}  # fields of MoEConfig with options of their own
+SECTIONS: dict[str, type[Any]] = {  # fields of MoEConfig with options of their own
+    "stochastic": StochasticOptions,
+    "competition": CompetitionOptions,
+    "momentum": MomentumOptions,
+    "regularisers": RegulariserOptions,
+}
 
 
 def typed_moe(values: dict[str, Any]) -> MoEConfig:

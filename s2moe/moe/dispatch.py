@@ -9,13 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_to_all_single
+from torch.profiler import record_function
 
 from s2moe.moe.experts import Experts
 from s2moe.moe.routing import Routing
-from s2moe.moe.rows import combine_rows, gather_rows, place
+from s2moe.moe.rows import combine_rows, gather_rows, in_order, place, unsort_rows
 from s2moe.parallel import ExpertParallel
+from s2moe.parallel.regions import ALL_TO_ALL, DISPATCH
 
 
+@record_function(DISPATCH)
 def dispatch(hidden_TD: Tensor, routing: Routing, experts: Experts, parallel: ExpertParallel) -> Tensor:
     """Σ over each token's assignments of weight · expert(hidden), [T, D]."""
     placement = place(routing.token_N, routing.expert_N, routing.num_tokens, routing.choices)
@@ -27,16 +30,38 @@ def dispatch(hidden_TD: Tensor, routing: Routing, experts: Experts, parallel: Ex
     return combine_rows(out_ND, placement, weight_N)
 
 
+@record_function(DISPATCH)
+def expert_outputs(hidden_TD: Tensor, routing: Routing, experts: Experts, parallel: ExpertParallel) -> Tensor:
+    """expert(hidden) of each assignment without its weight, in the order of the routing's list, [N, D].
+
+    With gradient for hidden states and experts. For methods that look at the experts one by one; ``dispatch`` never
+    holds its [N, D] rows in this order.
+    """
+    placement = place(routing.token_N, routing.expert_N, routing.num_tokens, routing.choices)
+    out_ND = _exchange(gather_rows(hidden_TD, placement), routing.counts_E, experts, parallel)
+    return unsort_rows(out_ND, placement)
+
+
+@record_function(DISPATCH)
+def combine_outputs(rows_ND: Tensor, routing: Routing) -> Tensor:
+    """What ``dispatch`` returns, from ``expert_outputs``: Σ over each token's assignments of weight · row, [T, D]."""
+    placement = in_order(routing.token_N, routing.num_tokens, routing.choices)
+    return combine_rows(rows_ND, placement, routing.weight_N)
+
+
 def _exchange(rows_ND: Tensor, counts_E: Tensor, experts: Experts, parallel: ExpertParallel) -> Tensor:
     """Send rows to the ranks of their experts, compute, and send the results back to the same places.
 
-    Every rank of the group calls this the same number of times, also with no rows at all.
+    Every rank of the group calls this the same number of times, also with no rows at all. One rank sends nothing.
     """
+    if parallel.size == 1:
+        return experts(rows_ND, counts_E)
     counts_PL = counts_E.view(parallel.size, -1)  # what goes to each rank's experts
     received_PL = torch.empty_like(counts_PL)
-    dist.all_to_all_single(received_PL, counts_PL.contiguous(), group=parallel.group)
-    # The collective needs its split sizes on the host: one copy, for both directions.
-    send, receive = torch.stack((counts_PL.sum(1), received_PL.sum(1))).tolist()
+    with record_function(ALL_TO_ALL):
+        dist.all_to_all_single(received_PL, counts_PL.contiguous(), group=parallel.group)
+        # The collective needs its split sizes on the host: one copy, for both directions.
+        send, receive = torch.stack((counts_PL.sum(1), received_PL.sum(1))).tolist()
 
     rows_RD = _all_to_all(rows_ND, send, receive, parallel)
     # Rows arrive rank by rank, within a rank sorted by expert; they are needed expert by expert.
@@ -48,6 +73,7 @@ def _exchange(rows_ND: Tensor, counts_E: Tensor, experts: Experts, parallel: Exp
     return _all_to_all(combine_rows(out_RD, placement), receive, send, parallel)
 
 
+@record_function(ALL_TO_ALL)
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], parallel: ExpertParallel) -> Tensor:
     output = rows.new_empty(sum(receive), rows.shape[1])
     return all_to_all_single(output, rows.contiguous(), receive, send, group=parallel.group)

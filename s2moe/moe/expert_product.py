@@ -157,8 +157,10 @@ class _Loop(torch.autograd.Function):
         grad_weight_N = torch.empty_like(weight_N) if weight_N is not None else None
         # Experts without rows keep a zero gradient: the optimizer's groups must stay complete.
         complete = all(ctx.counts)
+        learned = any(ctx.needs_input_grad[3:6])  # not where they are frozen
         grad_w1, grad_w2, grad_w3 = (
-            torch.empty_like(w) if complete else torch.zeros_like(w) for w in (w1_EFD, w2_EDF, w3)
+            (torch.empty_like(w) if complete else torch.zeros_like(w)) if learned else None
+            for w in (w1_EFD, w2_EDF, w3)
         )
         for expert, own in _slices(ctx.counts):
             rows, grad, first = rows_ND[own], grad_ND[own], first_NF[own]
@@ -171,15 +173,19 @@ class _Loop(torch.autograd.Function):
                 # `hidden` may be `activated` itself, which the mlp form does not need again.
                 hidden = hidden.mul_(weight)
                 grad_hidden.mul_(weight)
-            torch.mm(grad.T, hidden, out=grad_w2[expert])
+            if grad_w2 is not None:
+                torch.mm(grad.T, hidden, out=grad_w2[expert])
             if ctx.gated:
                 grad_first = act_backward(grad_hidden * second_NF[own], first)
                 grad_second = grad_hidden.mul_(activated)
-                torch.mm(grad_second.T, rows, out=grad_w3[expert])
+                if grad_w3 is not None:
+                    torch.mm(grad_second.T, rows, out=grad_w3[expert])
             else:
                 grad_first = act_backward(grad_hidden, first)
-                torch.sum(grad_first, 0, keepdim=True, out=grad_w3[expert])
-            torch.mm(grad_first.T, rows, out=grad_w1[expert])
+                if grad_w3 is not None:
+                    torch.sum(grad_first, 0, keepdim=True, out=grad_w3[expert])
+            if grad_w1 is not None:
+                torch.mm(grad_first.T, rows, out=grad_w1[expert])
             if grad_rows_ND is not None:
                 torch.mm(grad_first, w1_EFD[expert], out=grad_rows_ND[own])
                 if ctx.gated:

@@ -9,8 +9,10 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from s2moe.moe.expert_product import expert_product
+from s2moe.parallel.regions import EXPERTS
 
 FORMS = ("gated", "mlp")
 
@@ -36,6 +38,7 @@ class Experts(nn.Module):
         self.form = form
         self.activation = activation
         self.layer = layer
+        self.frozen = False  # see moe/freezing.py
         count = len(local_experts)
         self.w1 = nn.Parameter(torch.empty(count, expert_hidden, hidden_size))
         self.w2 = nn.Parameter(torch.empty(count, hidden_size, expert_hidden))
@@ -67,18 +70,21 @@ class Experts(nn.Module):
                 drawn = torch.randn(parameter.shape[1:], generator=generator) * scale
                 parameter[index].copy_(drawn)
 
+    @record_function(EXPERTS)
     def forward(self, rows_ND: Tensor, counts_L: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Rows sorted by local expert, ``counts_L`` of each, to [N, D] in the dtype of the weights."""
         device, dtype = rows_ND.device.type, self.w1.dtype
         if torch.is_autocast_enabled(device):  # which knows nothing of stacked experts
             dtype = torch.get_autocast_dtype(device)
+        # Under DeepSpeed even frozen weights require a gradient (optimizer_groups in parallel/deepspeed_compat.py).
+        w1, w2, w3 = (w.detach() if self.frozen else w for w in (self.w1, self.w2, self.w3))
         return expert_product(
             rows_ND.to(dtype),
             counts_L,
             weight_N,
-            self.w1.to(dtype),
-            self.w2.to(dtype),
-            self.w3.to(dtype),
+            w1.to(dtype),
+            w2.to(dtype),
+            w3.to(dtype),
             self.form,
             self.activation,
         )

@@ -4,7 +4,8 @@ Routers that mix information over positions (token graphs, distilled routers on 
 need the past in cached decoding, as attention does. They keep it in the same cache, as further
 layers behind those of attention, so beam search, cropping and batching treat both alike.
 
-Legend: B sequences, S new positions, L all positions so far (the new ones last), X, Y any widths.
+Legend: B sequences, S new positions, L all positions so far (the new ones last), X, Y any widths,
+W positions looked back on, the own one included.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -65,3 +67,40 @@ def visible(
     elif attention_mask is not None:
         seen_BSL = seen_BSL & attention_mask[:, None, :keys].bool()
     return seen_BSL | own_SL
+
+
+def recent(
+    token_BS: Tensor, length: int, history: History | None, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Each new position's own token and the ``length`` - 1 before it, newest first, and which of them it may look at.
+
+    Earlier calls' tokens come from ``history``, where these are added. To be called once in a forward pass.
+
+    Args:
+        attention_mask: as for ``visible``.
+
+    Returns:
+        Token ids [B, S, W], 0 before the beginning; bool [B or 1, S, W], where a position may always see itself.
+    """
+    new = token_BS.shape[1]
+    token_BL1, _ = extend(history, token_BS[..., None], token_BS.new_empty(*token_BS.shape, 0))
+    token_BL = token_BL1[..., 0]
+    total = token_BL.shape[1]
+
+    def windows(value_BL: Tensor) -> Tensor:
+        """The last ``length`` values at each new position, newest first; zeros before the beginning."""
+        needed = new + length - 1
+        value_BL = F.pad(value_BL[:, -needed:], (max(0, needed - total), 0))
+        return value_BL.unfold(1, length, 1).flip(-1)
+
+    own_W = torch.arange(length, device=token_BS.device) == 0
+    if attention_mask is None:
+        seen_BSW = windows(torch.ones(1, total, dtype=torch.bool, device=token_BS.device))
+    elif attention_mask.dim() == 2:
+        seen_BSW = windows(attention_mask[:, :total].bool())
+    else:
+        seen_BSL = visible(attention_mask, slice(0, new), total, new, token_BS.device)
+        number_BSW = windows(torch.arange(1, total + 1, device=token_BS.device)[None])  # 0: there is no such position
+        index_BSW = (number_BSW - 1).clamp(min=0).expand(len(seen_BSL), -1, -1)
+        seen_BSW = seen_BSL.gather(2, index_BSW) & (number_BSW > 0)
+    return windows(token_BL), seen_BSW | own_W

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from s2moe.moe.config import MoEConfig
-from s2moe.moe.dispatch import dispatch
+from s2moe.moe.dispatch import combine_outputs, dispatch, expert_outputs
 from s2moe.moe.expert_product import ACTIVATION_FUNCTIONS
 from s2moe.moe.experts import Experts
+from s2moe.moe.regularisers import Regularisers, is_any_on
 from s2moe.moe.routers import ROUTERS
 from s2moe.moe.routing import LayerStatistics, Routing, RoutingContext
 from s2moe.parallel import ExpertParallel
@@ -64,13 +65,19 @@ class SMoELayer(EngineMoELayer):
         self.shared = (
             DenseMLP(hidden_size, shared_width, config.expert_form, config.activation) if shared_width else None
         )
+        options = config.regularisers
+        self.regularisers = Regularisers(options) if is_any_on(options) else None
         self.bind_engine(config.num_experts, parallel)
 
     def forward(self, hidden_BSD: Tensor, context: RoutingContext | None = None) -> tuple[Tensor, LayerStatistics]:
         """[B, S, D] to [B, S, D] and what the router reports of it."""
         sequences = hidden_BSD.shape[0]
         context = replace(
-            context or RoutingContext(), layer=self.layer, sequences=sequences, group=self.parallel.data_group
+            context or RoutingContext(),
+            layer=self.layer,
+            sequences=sequences,
+            group=self.parallel.data_group,
+            first_pass={},
         )
         hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
         out_TD, routing, values = self.mix(hidden_TD, context)
@@ -87,12 +94,40 @@ class SMoELayer(EngineMoELayer):
         routing = self.router(hidden_TD, context)
         if context.probe is not None:
             context.probe.record(self, hidden_TD, routing, context)
-        return dispatch(hidden_TD, routing, self.experts, self.parallel), routing, {}
+        out_TD, rows_ND = self.compute(hidden_TD, routing)
+        return out_TD, routing, self.regularise(hidden_TD, routing, rows_ND, context, routing.losses)
+
+    def compute(self, hidden_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """The experts' mixture for each token [T, D], and each assignment's own output [N, D] where it is wanted."""
+        if not self.training or self.regularisers is None or not self.regularisers.wants_outputs:
+            return dispatch(hidden_TD, routing, self.experts, self.parallel), None
+        rows_ND = expert_outputs(hidden_TD, routing, self.experts, self.parallel)
+        return combine_outputs(rows_ND, routing), rows_ND
+
+    def regularise(
+        self,
+        hidden_TD: Tensor,
+        routing: Routing,
+        rows_ND: Tensor | None,
+        context: RoutingContext,
+        losses: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Add the regularisers' losses of these tokens to ``losses``, and return what they report."""
+        if not self.training or self.regularisers is None:
+            return {}
+        found, values = self.regularisers(hidden_TD, routing, rows_ND, context)
+        losses.update(found)
+        return values
 
 
 def build_layer(config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None) -> SMoELayer:
     """The SMoE layer that ``config`` describes."""
-    from s2moe.moe.stochastic import StochasticSMoELayer  # it is a subclass of this file's layer
+    from s2moe.moe.competition import CompetitiveSMoELayer  # they are subclasses of this file's layer
+    from s2moe.moe.stochastic import StochasticSMoELayer
 
-    cls = StochasticSMoELayer if config.stochastic.enabled else SMoELayer
+    cls = SMoELayer
+    if config.stochastic.enabled:
+        cls = StochasticSMoELayer
+    elif config.competition.enabled:
+        cls = CompetitiveSMoELayer
     return cls(config, hidden_size, layer, parallel)

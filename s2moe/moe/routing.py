@@ -7,7 +7,7 @@ L positions that a token may look back on (cached ones included), H heads, G key
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -30,7 +30,7 @@ class AttentionState(NamedTuple):
 
 
 class Probe(Protocol):
-    """Looks into layers for the collapse metrics: see metrics/probe.py."""
+    """Looks into layers for the collapse metrics: see training/probe.py."""
 
     def record(self, layer: SMoELayer, hidden_TD: Tensor, routing: Routing, context: RoutingContext) -> None:
         """Called by every SMoE layer with the (clean) hidden states that enter it and their routing."""
@@ -63,6 +63,8 @@ class RoutingContext:
     attention_mask: Tensor | None = None  # as the model was given it: [B, L] or [B, 1, S, L]; see moe/history.py
     history: History | None = None  # earlier positions in cached decoding, for routers with ``keeps_history``
     probe: Probe | None = None
+    # What a router's first pass over the tokens leaves for a second (S2MoE's), by name; new in every layer.
+    first_pass: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def for_copy(self) -> RoutingContext:
         """The context of a second pass over the same tokens, whose draws are independent of the first's."""
@@ -117,7 +119,7 @@ class Routing(NamedTuple):
     stats: dict[str, Tensor]  # detached float32 scalars for the log
     num_tokens: int
     choices: int | None  # K where every token has exactly K assignments, None where the list is ragged
-    prob_TE: Tensor | None = None  # detached float32, the router's distribution over experts: rows sum to 1
+    prob_TE: Tensor | None = None  # float32, the router's distribution over experts: rows sum to 1
     feedback: Tensor | None = None  # detached: summed over a step's micro-batches and ranks for ``Router.after_step``
 
 

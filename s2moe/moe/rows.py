@@ -47,12 +47,19 @@ def place(token_N: Tensor, expert_N: Tensor, num_tokens: int, choices: int | Non
     order_N = expert_N.argsort(stable=True)
     numbers_N = torch.arange(len(order_N), device=order_N.device)
     place_N = torch.empty_like(order_N).scatter_(0, order_N, numbers_N)
-    if choices is not None:
-        bag_T = torch.arange(num_tokens, device=order_N.device) * choices
-    else:
-        tokens = torch.arange(num_tokens, device=order_N.device)
-        bag_T = torch.searchsorted(token_N, tokens)
-    return Placement(token_N[order_N], order_N, place_N, bag_T, num_tokens)
+    return Placement(token_N[order_N], order_N, place_N, _bags(token_N, num_tokens, choices), num_tokens)
+
+
+@torch.no_grad()
+def in_order(token_N: Tensor, num_tokens: int, choices: int | None) -> Placement:
+    """The placement of assignments that stay token by token; arguments as in ``place``."""
+    numbers_N = torch.arange(len(token_N), device=token_N.device)
+    return Placement(token_N, numbers_N, numbers_N, _bags(token_N, num_tokens, choices), num_tokens)
+
+
+def _bags(token_N: Tensor, num_tokens: int, choices: int | None) -> Tensor:
+    token_T = torch.arange(num_tokens, device=token_N.device)
+    return token_T * choices if choices is not None else torch.searchsorted(token_N, token_T)
 
 
 def gather_rows(hidden_TD: Tensor, placement: Placement) -> Tensor:
@@ -68,6 +75,13 @@ def combine_rows(rows_ND: Tensor, placement: Placement, weight_N: Tensor | None 
         weight_N: factor of each row, sorted by expert; None for 1.
     """
     return _Combine.apply(rows_ND, placement, weight_N)
+
+
+def unsort_rows(rows_ND: Tensor, placement: Placement) -> Tensor:
+    """Rows sorted by expert, in the order of the list of assignments again, [N, D]: a sum over bags of one row each."""
+    numbers_N = torch.arange(len(rows_ND), device=rows_ND.device)
+    each = placement._replace(token_N=placement.order_N, bag_T=numbers_N, num_tokens=len(rows_ND))
+    return combine_rows(rows_ND, each)
 
 
 def _bag_sum(rows_ND: Tensor, placement: Placement, weight_N: Tensor | None = None) -> Tensor:

@@ -32,9 +32,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_gather
 
 from s2moe.moe.config import MoEConfig, StochasticOptions
-from s2moe.moe.dispatch import dispatch
 from s2moe.moe.layer import SMoELayer
 from s2moe.moe.routing import Routing, RoutingContext, stack
+from s2moe.moe.sampling import sample_tokens
 from s2moe.objectives.balance import masked_mean
 from s2moe.objectives.contrastive import Contrast, info_nce
 from s2moe.parallel import ExpertParallel
@@ -127,14 +127,16 @@ class StochasticSMoELayer(SMoELayer):
             context.probe.record(self, hidden_TD, clean, context)
         noisy = self.router(noisy_TD, context.for_copy()) if options.reroute else clean
         routing = stack(clean, noisy)
-        out_2TD = dispatch(torch.cat((hidden_TD, noisy_TD)), routing, self.experts, self.parallel)
+        out_2TD, rows_ND = self.compute(torch.cat((hidden_TD, noisy_TD)), routing)
         clean_TD, noisy_out_TD = out_2TD.chunk(2)
         gate_T1 = self._gate(hidden_TD)
         out_TD = torch.lerp(noisy_out_TD, clean_TD, gate_T1.to(clean_TD.dtype))
 
-        index_M, valid_M = self._sample(context, hidden_TD)
+        index_M, valid_M = sample_tokens(context, len(hidden_TD), options.samples, hidden_TD.device, "contrast")
         cosine_M = F.cosine_similarity(hidden_TD[index_M].detach().float(), noisy_TD[index_M].detach().float())
         values = self._figures(masked_mean(cosine_M, valid_M), gate_T1, spread, clean, noisy, context.mask_T)
+        clean_ND = None if rows_ND is None else rows_ND[: len(clean.token_N)]
+        values |= self.regularise(hidden_TD, clean, clean_ND, context, routing.losses)
         if options.contrast_loss:
             pair = (clean_TD, noisy_out_TD) if options.contrast == "outputs" else (hidden_TD, noisy_TD)
             contrast = self._contrast(pair[0][index_M], pair[1][index_M], valid_M, context)
@@ -146,15 +148,6 @@ class StochasticSMoELayer(SMoELayer):
     def _gate(self, hidden_TD: Tensor) -> Tensor:
         """g(x), a scalar for each token in float32, [T, 1]."""
         return torch.sigmoid(linear(hidden_TD, self.mix_gate.weight, self.mix_gate.bias))
-
-    def _sample(self, context: RoutingContext, hidden_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Numbers of the M sampled tokens, without replacement, and which of them are not padding (None: all)."""
-        tokens, device = hidden_TD.shape[0], hidden_TD.device
-        key_T = torch.rand(tokens, generator=context.generator(device, "contrast"), device=device)
-        if context.mask_T is not None:
-            key_T = key_T.masked_fill(~context.mask_T, -1.0)  # padding is drawn last
-        key_M, index_M = key_T.topk(min(self.options.samples, tokens))
-        return index_M, None if context.mask_T is None else key_M >= 0
 
     def _contrast(
         self, first_MD: Tensor, second_MD: Tensor, valid_M: Tensor | None, context: RoutingContext

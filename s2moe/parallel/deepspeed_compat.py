@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,17 @@ def check_version() -> None:
         )
 
 
-def init_distributed(backend: str) -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+def init_distributed(backend: str, timeout: timedelta) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    ``timeout`` is for the others to join, and for each collective.
+    """
     check_version()
     # A shared-memory all-reduce for inference on the CPU: otherwise compiled, for a minute, on the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=True)
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=True, timeout=timeout
+    )
 
 
 def to_universal(checkpoint: Path, output: Path) -> None:
@@ -182,21 +188,47 @@ def expert_parallel(size: int) -> ExpertParallel:
     )
 
 
+def expert_replicas(model: nn.Module) -> Any:
+    """The process group of the ranks that hold the same experts as this one. All layers share one."""
+    layer = next(layer for layer in model.modules() if isinstance(layer, EngineMoELayer))
+    return groups._get_expert_data_parallel_group(layer.ep_group_name)
+
+
+FROZEN = "frozen"  # key of the optimizer groups whose learning rate stays zero
+
+
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for a client optimizer: decayed and not, experts apart, as ZeRO needs them.
 
     Decayed are matrices, embeddings included. Biases, norms, vectors and temperatures are not; nor is the
     mlp form's expert bias [L, 1, F].
+
+    Frozen experts have to stay in the optimizer: ZeRO 1 and 2 refuse a model with expert layers and no group of
+    experts, and ZeRO 3 cannot save experts that need no gradient. They are told to need one, get none, as their
+    layers detach them (moe/experts.py), and stand in a group FROZEN without learning rate and decay. The price is
+    the memory of their optimizer state.
     """
     tag_parameters(model)
+    held = frozen_experts(model)
+    held_ids = {id(parameter) for parameter in held}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in held_ids:
             is_bias = parameter.squeeze().dim() < 2 or (parameter.dim() == 3 and parameter.shape[1] == 1)
             (plain if is_bias else decayed).append(parameter)
+    for parameter in held:
+        parameter.requires_grad_(True)
     parameter_groups = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
         {"params": plain, "weight_decay": 0.0, "name": "plain"},
+        {"params": held, "weight_decay": 0.0, "lr": 0.0, FROZEN: True, "name": "frozen"},
     ]
-    return split_params_into_different_moe_groups_for_optimizer([g for g in parameter_groups if g["params"]])
+    split = split_params_into_different_moe_groups_for_optimizer([g for g in parameter_groups if g["params"]])
+    return [group for group in split if group["params"]]
+
+
+def frozen_experts(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the experts that moe/freezing.py froze."""
+    layers = [layer for layer in model.modules() if isinstance(layer, EngineMoELayer) and layer.experts.frozen]
+    return [parameter for layer in layers for parameter in layer.experts.parameters()]

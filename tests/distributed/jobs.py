@@ -11,6 +11,7 @@ import torch.distributed as dist
 from s2moe import S2MoEConfig, S2MoEForCausalLM
 from s2moe.moe.config import resolve_moe
 from s2moe.moe.dispatch import dispatch
+from s2moe.moe.freezing import freeze_named
 from s2moe.moe.layer import build_layer
 from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.moe.rows import count
@@ -35,13 +36,21 @@ def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def train(degree: int, stage: int, steps: int, moe: dict[str, Any], ds_config: dict[str, Any] | None = None):
+def train(
+    degree: int,
+    stage: int,
+    steps: int,
+    moe: dict[str, Any],
+    ds_config: dict[str, Any] | None = None,
+    freeze: str = "none",
+):
     """Train on fixed random data; returns losses, gradient norms, expert rank and final parameters."""
     reset_groups()
     world, rank = dist.get_world_size(), dist.get_rank()
     parallel = deepspeed_compat.expert_parallel(degree)
     torch.manual_seed(0)
     model = S2MoEForCausalLM(tiny_config(**moe), parallel=parallel)
+    freeze_named(model, freeze)
     # Plain SGD with momentum: an error of scale in a gradient, which Adam would hide, shows in the weights.
     optimizer = torch.optim.SGD(deepspeed_compat.optimizer_groups(model, 0.1), lr=0.05, momentum=0.9)
     config = {
@@ -75,10 +84,14 @@ def train(degree: int, stage: int, steps: int, moe: dict[str, Any], ds_config: d
 
 
 def train_shapes(
-    shapes: list[tuple[int, int]], steps: int, moe: dict[str, Any], ds_config: dict[str, Any] | None = None
+    shapes: list[tuple[int, int]],
+    steps: int,
+    moe: dict[str, Any],
+    ds_config: dict[str, Any] | None = None,
+    freeze: str = "none",
 ) -> dict[tuple[int, int], Any]:
     """``train`` for each (expert-parallel degree, ZeRO stage)."""
-    return {shape: train(*shape, steps, moe, ds_config) for shape in shapes}
+    return {shape: train(*shape, steps, moe, ds_config, freeze) for shape in shapes}
 
 
 def layer_against_single_process(moe: dict[str, Any], assignment: str) -> dict[str, float]:
@@ -159,6 +172,29 @@ def refused_degree(degree: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def frozen_restore(stage: int, directory: str) -> dict[str, bool]:
+    """Which weights of a frozen xmoe model are the same, to the bit, in a new engine that loads its checkpoint.
+
+    The saved model's weights are not those that the new one begins with.
+    """
+    states = []
+    for seed in (1, 2):
+        reset_groups()
+        parallel = deepspeed_compat.expert_parallel(2)
+        torch.manual_seed(seed)
+        model = S2MoEForCausalLM(tiny_config(method="xmoe"), parallel=parallel)
+        freeze_named(model, "routers_and_experts")
+        optimizer = torch.optim.AdamW(deepspeed_compat.optimizer_groups(model, 0.1))
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        if seed == 1:
+            engine.save_checkpoint(directory, tag="tag", save_latest=False)
+        else:
+            engine.load_checkpoint(directory, tag="tag")
+        states.append(full_state(engine.module))
+    return {name: weight.equal(states[1][name]) for name, weight in states[0].items()}
 
 
 def engine_view(stage: int, directory: str) -> dict[str, Any]:

@@ -13,6 +13,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compete_smoe": {"competition": {"rate": 0.5}},
     "stablemoe": {"router": {"stage1_fraction": 0.5}},
 }
+# Draws for each token are made for padding too, which moves those of the tokens after it: here without them.
+WITHOUT_DRAWS: dict[str, dict[str, Any]] = {
+    "switch": {"router": {"noise": "none"}},
+    "gshard": {"router": {"second_choice": "always"}},
+    "noisy_topk": {"router": {"noise": "none", "load_loss": 0.0}},
+}
 CASES = {method: {"method": method, **SETTINGS.get(method, {})} for method in METHODS}
 
 NOISY_ROUTERS = sorted(name for name, router in ROUTERS.items() if not router.refuses_noise)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from s2moe import S2MoEForCausalLM
 from s2moe.moe.config import resolve_moe
 from s2moe.moe.routing import RoutingContext
-from tests.methods.cases import CASES, S2MOE_CASES
+from s2moe.options import deep_merge
+from tests.methods.cases import CASES, S2MOE_CASES, WITHOUT_DRAWS
 from tests.models.decoder import tiny
 from tests.models.test_causality import assert_causal
 from tests.models.test_generation import PAD, PROMPTS, greedy, left_padded
@@ -155,7 +156,7 @@ def test_what_layers_report_has_the_same_names_at_every_step(moe: dict[str, Any]
 @EVERY_METHOD
 def test_padding_changes_no_loss(moe: dict[str, Any]) -> None:
     """Right padding that is masked out: the same task and auxiliary losses as without it."""
-    model = model_of({**moe, "stochastic": {"enabled": False}})  # whose noise is drawn for padding as well
+    model = model_of(deep_merge(moe, {"stochastic": {"enabled": False}, **WITHOUT_DRAWS.get(moe["method"], {})}))
     context = RoutingContext(seed=2, step=1, steps=STEPS)
     ids = torch.randint(1, 19, (2, 8))
     plain = model(ids, labels=ids, context=context)

@@ -36,6 +36,7 @@ class Router(KeepsBuffers):
     Options: ClassVar[type[Any]]
     wants_attention: ClassVar[bool] = False  # whether context.attention is to be filled
     keeps_history: ClassVar[bool] = False  # whether context.history is to be filled in cached decoding
+    frozen: bool = False  # see moe/freezing.py; ``after_step`` is not called then
     refuses_noise: ClassVar[str] = ""  # why S2MoE cannot use this router for its two passes; empty: it can
 
     def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, options: Any) -> None:
@@ -59,6 +60,15 @@ class Router(KeepsBuffers):
         Not called where the routing carried none. State that changes with training is changed here, never in
         ``forward``, which activation recomputation repeats.
         """
+
+    def expert_embeddings(self) -> Tensor | None:
+        """A row for each expert by which tokens are scored, [E, any width], for the collapse metrics; None without."""
+        scores = getattr(self, "scores", None)
+        return scores.weight if isinstance(scores, LinearScores) else None
+
+    def mean_choices(self, training: bool) -> float:
+        """Experts of a token on average, over a run in training, else at inference: for counting FLOPs."""
+        return float(self.experts_per_token)
 
     def macs_per_token(self) -> int:
         """Multiply-accumulates of scoring one token; here one for each number in the router's matrices."""

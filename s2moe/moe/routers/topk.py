@@ -4,9 +4,12 @@ Legend: T tokens, D model, E experts, K choices per token, N assignments.
 
 Sources:
     Shazeer et al. 2017, "Outrageously Large Neural Networks": noisy top-k, importance and load losses.
-    Lepikhin et al. 2020, "GShard"; Fedus et al. 2021, "Switch Transformers": balance, capacity, k = 1.
+    Lepikhin et al. 2020, "GShard": top-2 with a random second choice, capacity, balance from first choices.
+    Fedus et al. 2021, "Switch Transformers": k = 1, weight not renormalised, jitter.
     Zoph et al. 2022, "ST-MoE": z-loss.
-    Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"; DeepSeek-V3 2024: selection bias.
+    Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"; DeepSeek-V3 2024: selection bias, sequence-wise loss.
+
+Each paper's combination of the options below has a name in moe/methods.py.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from s2moe.moe.balancing import BalanceOptions, global_load, weigh
 from s2moe.moe.capacity import expert_capacity, keep_within_capacity
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
+from s2moe.moe.rows import count
 from s2moe.objectives.balance import (
     importance_loss,
     kl_balance_loss,
+    masked_mean,
     mean_probability,
     noisy_load_loss,
+    sequence_balance_loss,
     switch_balance_loss,
     z_loss,
 )
@@ -58,6 +64,16 @@ class TopKOptions(BalanceOptions):
         choices=("none", "shazeer", "jitter"),
     )
     jitter: float = option(0.01, "half-width of noise=jitter")
+    zero_init: bool = option(
+        False,
+        "start the logits' matrix at zero (Shazeer, so that no expert is preferred at first; the noise's always does)",
+    )
+    second_choice: str = option(
+        "always",
+        "random (GShard; k=2, training only): the second expert is kept with probability min(1, 2 w2), where w2 is its "
+        "share of the two weights; drawn before capacity is dealt out, so what is not kept takes nobody's place",
+        choices=("always", "random"),
+    )
     capacity_factor: float | None = option(
         None,
         "an expert takes at most ceil(capacity_factor * k * T / E) assignments of a micro-batch in training; "
@@ -77,6 +93,9 @@ class TopKOptions(BalanceOptions):
     )
     importance_loss: float = option(0.0, "coefficient of CV^2 of summed gate values (Shazeer: 0.1)")
     load_loss: float = option(0.0, "coefficient of CV^2 of the smooth load; needs noise=shazeer (Shazeer: 0.1)")
+    sequence_loss: float = option(
+        0.0, "coefficient of the balance loss within each sequence, by the scores without bias (DeepSeek-V3: 1e-4)"
+    )
     bias_update_rate: float = option(
         0.0,
         "auxiliary-loss-free balancing: after every optimizer step each expert's selection bias moves by this much "
@@ -94,7 +113,12 @@ class TopKOptions(BalanceOptions):
 
 @register("topk")
 class TopKRouter(Router):
-    """Each token takes its k experts with the highest logits. Causal: a token's choice is its own."""
+    """Each token takes its k experts with the highest logits.
+
+    Causal: a token's choice is its own. The exception is a capacity_factor in training, where a token may lose its
+    place to others: by drop_policy=position to earlier tokens, and with its later choices to first choices of later
+    tokens; by drop_policy=probability to any. Evaluation has no capacity.
+    """
 
     Options = TopKOptions
     options: TopKOptions
@@ -115,8 +139,13 @@ class TopKRouter(Router):
             )
         if options.load_loss and experts_per_token >= num_experts:
             raise ValueError(f"load_loss needs experts_per_token below the number of experts ({num_experts})")
-        self.scores = LinearScores(hidden_size, num_experts)
-        # Shazeer et al. start both matrices at zero; the noise's does, so that all experts begin equally noisy.
+        if options.second_choice == "random" and experts_per_token != 2:
+            raise ValueError(
+                f"second_choice=random is defined for two experts per token, not {experts_per_token}: set "
+                "experts_per_token=2, or second_choice=always"
+            )
+        self.scores = LinearScores(hidden_size, num_experts, zero=options.zero_init)
+        # At zero, all experts begin equally noisy.
         self.noise_scores = LinearScores(hidden_size, num_experts, zero=True) if options.noise == "shazeer" else None
         if options.bias_update_rate:
             self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
@@ -133,24 +162,45 @@ class TopKRouter(Router):
         expert_TK = self._select(logits_TE, value_TE, choices)
         weight_TK = self._weights(logits_TE, value_TE, expert_TK)
 
-        load_E = load_of(expert_TK, self.num_experts, context.mask_T)
+        asked_TK = self._asked(weight_TK, context) if self.training else None
+        if asked_TK is None:
+            load_E = load_of(expert_TK, self.num_experts, context.mask_T)
+        else:
+            load_E = count(expert_TK.reshape(-1), self.num_experts, asked_TK.reshape(-1))
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
         if self.training:
             balance_TE = value_TE / value_TE.sum(-1, keepdim=True) if self.options.combine == "sigmoid" else prob_TE
-            raw = self._losses(clean_TE, logits_TE, std_TE, balance_TE, weight_TK, expert_TK, load_E, context)
+            gate_TK = weight_TK if asked_TK is None else weight_TK * asked_TK
+            raw = self._losses(clean_TE, logits_TE, std_TE, balance_TE, gate_TK, expert_TK, load_E, context)
             losses, stats = weigh(self.options, raw)
+            if asked_TK is not None:
+                stats["second_kept"] = masked_mean(asked_TK[:, 1].to(weight_TK.dtype), context.mask_T)
         feedback = load_E.float() if self.training and self.options.bias_update_rate else None
         routing = per_token(expert_TK, weight_TK, prob_TE, context, losses, stats, load_E, feedback)
         if not self.training or self.options.capacity_factor is None:
-            return routing
+            return routing if asked_TK is None else keep(routing, asked_TK.reshape(-1))
         capacity = expert_capacity(
             self.options.capacity_factor, choices, self.num_experts, len(hidden_TD), context.mask_T
         ).to(hidden_TD.device, non_blocking=True)
         kept_TK = keep_within_capacity(
-            expert_TK, weight_TK, self.num_experts, capacity, self.options.drop_policy, context.mask_T
+            expert_TK, weight_TK, self.num_experts, capacity, self.options.drop_policy, context.mask_T, asked_TK
         )
         return keep(routing, kept_TK.reshape(-1))
+
+    @torch.no_grad()
+    def _asked(self, weight_TK: Tensor, context: RoutingContext) -> Tensor | None:
+        """Which of its two choices a real token makes use of, bool [T, 2]; None: all.
+
+        GShard, algorithm 1: the first always, the second where 2 w2 / (w1 + w2) exceeds a uniform draw.
+        """
+        if self.options.second_choice == "always" or weight_TK.shape[1] != 2:
+            return None
+        generator = context.generator(weight_TK.device, "second choice")
+        draw_T = torch.rand(len(weight_TK), generator=generator, device=weight_TK.device, dtype=weight_TK.dtype)
+        second_T = 2 * weight_TK[:, 1] / weight_TK.sum(-1) > draw_T
+        asked_TK = torch.stack((torch.ones_like(second_T), second_T), -1)
+        return asked_TK if context.mask_T is None else asked_TK & context.mask_T[:, None]
 
     def _logits(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clean logits, the (noisy, in training) logits that decide, and the noise's standard deviation."""
@@ -196,7 +246,7 @@ class TopKRouter(Router):
         logits_TE: Tensor,
         std_TE: Tensor | None,
         prob_TE: Tensor,
-        weight_TK: Tensor,
+        gate_TK: Tensor,
         expert_TK: Tensor,
         load_E: Tensor,
         context: RoutingContext,
@@ -216,11 +266,13 @@ class TopKRouter(Router):
         if options.z_loss:
             losses["z_loss"] = z_loss(clean_TE, mask_T)
         if options.importance_loss:
-            gate_TE = torch.zeros_like(logits_TE).scatter(-1, expert_TK, weight_TK)
+            gate_TE = torch.zeros_like(logits_TE).scatter(-1, expert_TK, gate_TK)
             losses["importance_loss"] = importance_loss(gate_TE, mask_T)
         if options.load_loss:
             assert std_TE is not None
             losses["load_loss"] = noisy_load_loss(clean_TE, logits_TE, std_TE, expert_TK.shape[1], mask_T)
+        if options.sequence_loss:
+            losses["sequence_loss"] = sequence_balance_loss(prob_TE, expert_TK.shape[1], context.sequences, mask_T)
         return losses
 
     @torch.no_grad()
