@@ -97,6 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     from benchmarks import report
     from benchmarks.comparison import SMOE, compare, known_implementations, summarise
+    from s2moe.training.processes import keep_freed_memory
+
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training: else the kernel hands every large tensor new pages, for all alike
 
     known = known_implementations()
     if unknown := set(options.only or ()) - set(known):
