@@ -12,11 +12,11 @@ An expert keeps the C highest bids; who drops out bids again. Where E does not d
 most one of an expert; these vacancies bid like tokens that score 0 everywhere, all of them at once for the
 cheapest experts. Prices only rise, so a holder never regrets its place by more than ε, and when all are placed
 
-    optimum − Σ_t s[t, a_t]  ≤  ε (T + vacancies),    ε = epsilon · (widest range of one token's scores)
+    optimum − Σ_t s[t, a_t]  ≤  ε (T + vacancies + T / 64),    ε = epsilon · (widest range of one token's scores)
 
-whatever the prices began with. They begin with those of the entropic problem (moe/transport.py), which spares most
-of the bidding. If rounds run out, the tokens that are left over go where there is room (``_complete``), so shares are
-equal in any case. Every answer comes with a certificate: for any prices p
+whatever the prices began with (T / 64 is for the grid of ``_to_grid``). They begin with those of the entropic problem
+(moe/transport.py), which spares most of the bidding. If rounds run out, the tokens that are left over go where there
+is room (``_complete``), so shares are equal in any case. Every answer comes with a certificate: for any prices p
 
     optimum  ≤  Σ_t max_i (s_ti − p_i) + max over allowed shares n of Σ_i n_i p_i
 
@@ -36,6 +36,7 @@ from s2moe.moe.rows import count
 from s2moe.moe.transport import sinkhorn
 
 CHECK_EVERY = 16  # rounds between two looks at whether all are placed, each of which waits for the device
+GRID = 64  # steps of the scores' grid in one least step of a bid
 START_ENTROPY, START_ITERATIONS = 0.02, 20  # of the entropic problem: ξ as a part of the scores' range
 
 
@@ -89,6 +90,7 @@ def balanced_assignment(
     places = (real + experts - 1) // experts
     shares = _Shares(real, places, places * experts - real)
 
+    exact_TE, score_TE = score_TE, _to_grid(score_TE, spread * epsilon / GRID)
     start_price_E = _start_prices(score_TE, spread, mask_T)
     state = _State(
         expert_T=torch.full_like(greedy_T, experts),
@@ -107,8 +109,19 @@ def balanced_assignment(
     left = _waiting(state, mask_T).sum() / real.clamp(min=1)
     expert_T = state.expert_T if done else _complete(state, score_TE, mask_T, shares)
     expert_T = torch.where(mask_T, expert_T, greedy_T)
-    gap = _gap(expert_T, state.price_E, score_TE, mask_T, shares)
+    gap = _gap(expert_T, state.price_E, exact_TE, mask_T, shares)
     return Assignment(expert_T, gap.float(), left.float(), rounds)
+
+
+def _to_grid(score_TE: Tensor, width: Tensor) -> Tensor:
+    """Rounded to multiples of the power of two that lies at or below ``width``.
+
+    Tokens with the same past, as the first ones of a sequence often are, have the same hidden state but for the
+    rounding of matrix products, which depends on the parallel layout. On the grid they are equal, and the first
+    one comes first.
+    """
+    grid = width.log2().floor().exp2()
+    return (score_TE / grid).round() * grid
 
 
 def _start_prices(score_TE: Tensor, spread: Tensor, mask_T: Tensor) -> Tensor:

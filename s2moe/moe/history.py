@@ -35,6 +35,8 @@ class History:
         layers = self.cache.layers
         while len(layers) <= self.slot:
             layers.append(DynamicLayer())
+            # The masks that transformers makes for a cache of fixed size rely on all its layers saying so.
+            layers[-1].is_compileable = layers[0].is_compileable
         first, second = layers[self.slot].update(first_BSX[:, None], second_BSY[:, None])
         return first[:, 0], second[:, 0]
 
@@ -49,7 +51,7 @@ def visible(
 ) -> Tensor:
     """Which of ``keys`` positions each of the new positions ``queries`` may look at, bool [B or 1, S, L].
 
-    Its own and earlier ones that are not padding; a row of padding sees itself alone.
+    Its own, and earlier ones that are not padding.
 
     Args:
         attention_mask: as the model was given it. [B, L]: False or 0 for padding; [B or 1, 1, S, L]: True or 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from s2moe.data import ByteTokenizer, write_corpus
 from tests.distributed import run_jobs
 from tests.distributed_harness import DistributedError, run_distributed
+from tests.run_logs import reproducible_events
 
 pytestmark = pytest.mark.distributed
 
@@ -40,10 +40,7 @@ def run(corpus: str, output: Path, settings: dict[str, Any], death: Any = None, 
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """Log events without what measures time."""
-    timed = ("tokens_per_second", "seconds", "time", "mfu")
-    lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+    return reproducible_events(output / "run")
 
 
 def assert_same_run(output: Path, reference: Path) -> None:

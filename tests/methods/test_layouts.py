@@ -10,18 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s2moe.training.metrics_log import read
 from tests.distributed import jobs
 from tests.distributed.test_expert_parallel import merged
 from tests.distributed_harness import run_distributed
 from tests.methods.cases import CASES, S2MOE_CASES
+from tests.run_logs import reproducible_events
 from tests.training.jobs import tiny_run
 
 pytestmark = pytest.mark.distributed
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (2, 3)]  # expert-parallel degree, ZeRO stage
 STEPS = 4
-TIMED = {"seconds", "tokens_per_second"}
 
 
 @pytest.mark.parametrize("moe", CASES.values(), ids=CASES)
@@ -85,18 +84,13 @@ def test_resumed_equals_uninterrupted(moe: dict[str, Any], stage: int, directory
     ]
     assert run_distributed("tests.training.jobs:train", 2, path, settings)[0]["finished"]
     run = directory / "runs" / name
-    log, weights = events(run), load_file(run / "hf" / "model.safetensors")
+    log, weights = reproducible_events(run), load_file(run / "hf" / "model.safetensors")
     shutil.rmtree(run / "hf")
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     settings.append("checkpoint.resume=must")
     assert run_distributed("tests.training.jobs:train", 2, path, settings)[0]["finished"]
-    assert events(run) == log
+    assert reproducible_events(run) == log
     again = load_file(run / "hf" / "model.safetensors")
     assert again.keys() == weights.keys()
     for key, weight in weights.items():
         assert torch.equal(again[key], weight), key
-
-
-def events(run: Path) -> list[dict[str, Any]]:
-    """The log of a run without what a clock decides."""
-    return [{key: value for key, value in event.items() if key not in TIMED} for event in read(run / "metrics.jsonl")]

@@ -146,7 +146,7 @@ def test_an_evaluations_attention_window_holds_for_routing_too(method: str, rout
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_attention_that_is_shared_is_the_attention_that_was_computed(padded: bool) -> None:
     """r = A p with the probabilities that eager attention returns, of the head with the lowest running entropy."""
-    model = model_of("attention_aware", {"posterior": False}).eval()
+    model = model_of("attention_aware", {"posterior": False}).float().eval()  # eager attention's softmax is float32
     model.set_attn_implementation("eager")
     found: dict[int, tuple[Tensor, Routing]] = {}
 
@@ -162,10 +162,9 @@ def test_attention_that_is_shared_is_the_attention_that_was_computed(padded: boo
         hidden_TD, routing = found[number]
         head = router.entropy_H.tolist().index(min(router.entropy_H.tolist()))
         p_BSE = (hidden_TD @ router.scores.weight.T).softmax(-1).view(*given["input_ids"].shape, -1)
-        mixed_BSE = probability_BHSS[:, head].double() @ p_BSE
+        mixed_BSE = probability_BHSS[:, head] @ p_BSE
         real_BS = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
         got_BSE = routing.prob_TE.view_as(mixed_BSE)
-        # Eager attention takes its softmax in float32.
         torch.testing.assert_close(got_BSE[real_BS], mixed_BSE[real_BS], rtol=1e-4, atol=1e-5)
 
 
@@ -178,7 +177,7 @@ def test_recomputed_layers_with_recomputed_chunks_have_the_same_gradients(method
         model = model_of(method, {**router, "chunk": chunk})
         model.load_state_dict(plain.state_dict())
         if recompute:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model(ids, labels=ids, context=RoutingContext()).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for other in gradients[1:]:
@@ -211,8 +210,7 @@ def test_s2moe_trains_with_it(method: str, router: dict[str, Any], k: int) -> No
             assert ((entropy_H > 0) & (entropy_H < torch.tensor(8.0).log())).all()
 
 
-def test_score_products_are_counted() -> None:
-    """Matrices of the similarity W_s beside the router's own."""
+def test_matrices_of_the_similarity_are_counted() -> None:
     macs = {
         str(rank): model_sizes(
             S2MoEConfig(**SIZES, moe={"method": "similarity_aware", "num_experts": 4, "router": {"rank": rank}})

@@ -25,13 +25,13 @@ from s2moe.moe.config import resolve_moe
 from s2moe.moe.history import recent
 from s2moe.moe.routers import ROUTERS, Router
 from s2moe.moe.routing import Routing, RoutingContext
-from s2moe.training.metrics_log import read
 from s2moe.training.weights import find_weights, load_weights
 from tests.distributed import test_expert_parallel as layouts
 from tests.distributed_harness import run_distributed
 from tests.methods import test_conformance as conformance
 from tests.models.decoder import tiny
 from tests.moe import reference
+from tests.run_logs import reproducible_events
 from tests.training.jobs import tiny_run
 
 B, S, D, E, V, C = 2, 6, 7, 5, 11, 3
@@ -543,9 +543,7 @@ class Runs:
         return run_distributed(TRAIN, self.ranks, self.path, given)[0]
 
     def log(self, name: str) -> list[dict[str, Any]]:
-        skipped = ("seconds", "tokens_per_second")
-        events = read(self.directory / "runs" / name / "metrics.jsonl")
-        return [{key: value for key, value in event.items() if key not in skipped} for event in events]
+        return reproducible_events(self.directory / "runs" / name)
 
     def model(self, name: str) -> S2MoEForCausalLM:
         return load_weights(find_weights(self.directory / "runs" / name))

@@ -21,11 +21,11 @@ from s2moe.training.report import report
 from s2moe.training.run import Result
 from s2moe.training.weights import Weights, find_weights, load_weights
 from tests.distributed_harness import run_distributed
+from tests.run_logs import reproducible_events
 
 from .jobs import DISK, GRADIENT, tiny_run
 
 TRAIN = "tests.training.jobs:train"
-TIMING = {"seconds", "tokens_per_second"}
 
 
 def run(directory: Path, *overrides: str, ranks: int = 1, poison: Any = None) -> dict[str, Any]:
@@ -34,11 +34,7 @@ def run(directory: Path, *overrides: str, ranks: int = 1, poison: Any = None) ->
 
 
 def events(directory: Path, name: str) -> list[dict[str, Any]]:
-    """All events of a run without what a clock decides."""
-    return [
-        {key: value for key, value in event.items() if key not in TIMING}
-        for event in read(directory / "runs" / name / "metrics.jsonl")
-    ]
+    return reproducible_events(directory / "runs" / name)
 
 
 def weights(directory: Path, name: str) -> dict[str, torch.Tensor]:

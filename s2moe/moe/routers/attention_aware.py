@@ -14,7 +14,7 @@ constant in j cancels.
 
 Causality: A is causal. The head is chosen by a running mean of the entropies (a buffer, updated once after each
 optimizer step) in evaluation, which is the causal form and the same in cached decoding: the cache keeps p_j
-beside attention's keys and values. Training chooses it by the current micro-batch as published (head=batch), so
+beside attention's keys and values. Training chooses it by the current micro-batch (head=batch), so
 this one discrete choice sees later tokens and other sequences, without a gradient; head=running is causal there too.
 
 Legend: B sequences, S new positions, L all positions so far, H heads, G key/value heads, C head width,
@@ -46,7 +46,7 @@ class AttentionAwareOptions(GraphOptions):
     sigma: float = option(1.0, "standard deviation of that Gaussian likelihood, in each of a head's features")
     head: str = option(
         "batch",
-        "by what training chooses the head of lowest attention entropy: batch: the current micro-batch (published); "
+        "by what training chooses the head of lowest attention entropy: batch: the current micro-batch; "
         "running: the mean over steps that evaluation goes by (causal in training too)",
         choices=("batch", "running"),
     )

@@ -12,7 +12,7 @@ Clark et al. 2022, "Unified Scaling Laws for Routed Language Models", in the for
 The rule for g is that of the trained k, also where an evaluation takes another number of experts. The plan does
 the balancing; a balance loss would pull at the logits for nothing, so none is offered.
 
-ξ is 1 in the sources, which exponentiate the logits as they are.
+ξ is 1 in Megatron-LM, which exponentiates the logits as they are.
 
 Causality: in training a token's experts depend on the whole micro-batch (of all ranks with marginals=global), later
 tokens included. Inference is plain top-k, each token on its own; its load is whatever the logits make of it.
