@@ -4,11 +4,13 @@ import inspect
 from dataclasses import asdict
 from typing import Any, NamedTuple, get_args
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
+from s2moe.moe.routers import ROUTERS, Router
 from s2moe.options import option
 
 
@@ -29,7 +31,7 @@ class S2MoEConfig(PreTrainedConfig):
     """
 
     model_type = "s2moe"
-    keys_to_ignore_at_inference = ["past_key_values", "routing"]
+    keys_to_ignore_at_inference = ["past_key_values", "routing", "task_loss", "aux_loss"]
 
     vocab_size: int = option(256, "symbols of the vocabulary; set by the corpus in pre-training")
     hidden_size: int = option(256, "width of the model")
@@ -78,6 +80,7 @@ class S2MoEConfig(PreTrainedConfig):
                 f"(a dense model on purpose: moe.first_dense={self.num_hidden_layers})"
             )
         self._complete(moe)
+        meta_router(moe, self.hidden_size)  # raises where its options and the model's sizes do not fit together
         self.moe = asdict(moe)
         super().__post_init__(**kwargs)
         rope_type, known = (self.rope_parameters or {})["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
@@ -134,3 +137,13 @@ class S2MoEConfig(PreTrainedConfig):
         """The typed options of the SMoE layers."""
         assert self.moe is not None  # set in __post_init__
         return typed_moe(self.moe)
+
+
+def meta_router(moe: MoEConfig, hidden_size: int) -> Router:
+    """The router of a layer of this width, without storage.
+
+    Raises:
+        ValueError: if it cannot be, the router's reason.
+    """
+    with torch.device("meta"):
+        return ROUTERS[moe.router["name"]](hidden_size, moe.num_experts, moe.experts_per_token, moe.router_options())

@@ -138,6 +138,20 @@ class S2MoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
             module.reset_parameters(self.config.initializer_range)
 
+    @torch.no_grad()
+    def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
+        """After an optimizer step: give each router its feedback, summed over micro-batches and ranks.
+
+        Args:
+            routing: the ``routing`` of each micro-batch's output since the last step.
+        """
+        layers = {module.layer: module for module in self.modules() if isinstance(module, SMoELayer)}
+        for per_microbatch in zip(*routing, strict=True):
+            moe = layers[per_microbatch[0].layer]
+            parts = [statistics.feedback for statistics in per_microbatch if statistics.feedback is not None]
+            if parts and not moe.router.frozen:
+                moe.router.after_step(all_reduce_sum(torch.stack(parts).sum(0), moe.parallel.data_group))
+
 
 @dataclass
 class S2MoEModelOutput(BaseModelOutputWithPast):
@@ -299,7 +313,6 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         context: RoutingContext | None = None,
@@ -311,12 +324,14 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
 
         Args:
             labels: token ids [B, S], shifted here so that position s predicts label s + 1.
-            shift_labels: ids [B, S] already aligned: position s predicts entry s. -100 is ignored.
+            shift_labels: ids [B, S] already aligned: position s predicts entry s. -100 is ignored. Among ``kwargs``,
+                as in transformers, whose Trainer takes every parameter with such a name for a label that must be there.
             num_items_in_batch: divisor of the summed cross-entropy, where a trainer accumulates
                 gradients over batches; None takes the mean.
             logits_to_keep: only the last so many positions' logits (0: all), or those at an index tensor.
             context, experts_per_token: see S2MoEModel.forward.
         """
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         targets_BS = shift_labels
         if labels is not None and shift_labels is None:
             targets_BS = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -337,7 +352,8 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
 
         loss = task_loss = aux_loss = None
         if outputs.routing:
-            aux_loss = torch.stack([layer.loss for layer in outputs.routing]).mean()
+            # Layers may be on several devices (device_map).
+            aux_loss = torch.stack([layer.loss.to(logits_BSV.device) for layer in outputs.routing]).mean()
         if (labels is not None or shift_labels is not None) and logits_BSV.shape[1] != outputs.last_hidden_state.shape[
             1
         ]:
@@ -377,17 +393,3 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         targets = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
         assert targets is not None
         return targets.ne(-100).sum() / num_items_in_batch
-
-    @torch.no_grad()
-    def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
-        """After an optimizer step: give each router its feedback, summed over micro-batches and ranks.
-
-        Args:
-            routing: the ``routing`` of each micro-batch's output since the last step.
-        """
-        layers = {module.layer: module for module in self.modules() if isinstance(module, SMoELayer)}
-        for per_microbatch in zip(*routing, strict=True):
-            moe = layers[per_microbatch[0].layer]
-            parts = [statistics.feedback for statistics in per_microbatch if statistics.feedback is not None]
-            if parts and not moe.router.frozen:
-                moe.router.after_step(all_reduce_sum(torch.stack(parts).sum(0), moe.parallel.data_group))

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from s2moe.models.configuration import S2MoEConfig
-from s2moe.moe.routers import ROUTERS
+from s2moe.models.configuration import S2MoEConfig, meta_router
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> Mo
     moe = config.moe_config()
     width, layers = config.hidden_size, config.num_hidden_layers
     sparse = sum(moe.is_sparse(layer) for layer in range(layers))
-    with torch.device("meta"):  # counted, not built
-        router = ROUTERS[moe.router["name"]](width, moe.num_experts, moe.experts_per_token, moe.router_options())
+    router = meta_router(moe, width)
     choices = experts_per_token or router.mean_choices(training=False)
     training_choices = experts_per_token or router.mean_choices(training=True)
     matrices = 3 if moe.expert_form == "gated" else 2

@@ -159,6 +159,12 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
             f"router.name: unknown router {router['name']!r}{nearest(router['name'], ROUTERS)}; known: {known}"
         )
     config = typed_moe({**merged, "router": router})
+    if config.competition.enabled and router["name"] != "topk":
+        raise ValueError(
+            "competition.enabled (CompeteSMoE) distils the experts' affinities into the logits of a linear router, "
+            f"which the router {router['name']!r} has not: set router.name=topk, or competition.enabled=false"
+        )
+    _refuse_settings_of_another_router(method, num_experts, router["name"], given.get("router") or {})
     config.router = {"name": router["name"], **asdict(config.router_options())}
     refusal = ROUTERS[router["name"]].refuses_noise
     if config.stochastic.enabled and refusal:
@@ -177,17 +183,30 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
             "competition.enabled (CompeteSMoE) and regularisers.cka_loss (SimSMoE) exclude each other: competitions "
             "have a diversity loss of their own. Set one of them to false, or 0"
         )
+    pairwise = ("similarity_loss", "similarity_different", "gate_importance_loss")
+    if config.num_experts < 2 and any(getattr(config.regularisers, name) for name in pairwise):
+        raise ValueError(
+            "regularisers.similarity_loss and gate_importance_loss compare experts, of which there is one: set "
+            "num_experts=2 or more, or these coefficients to 0"
+        )
     if config.regularisers.cka_loss and config.experts_per_token < 2:
         raise ValueError(
             "regularisers.cka_loss (SimSMoE) compares experts on tokens they share, of which there are none with "
             "experts_per_token=1: set experts_per_token=2 or more, or cka_loss=0"
         )
-    if config.competition.enabled and router["name"] != "topk":
-        raise ValueError(
-            "competition.enabled (CompeteSMoE) distils the experts' affinities into the logits of a linear router, "
-            f"which the router {router['name']!r} has not: set router.name=topk, or competition.enabled=false"
-        )
     return config
+
+
+def _refuse_settings_of_another_router(method: str, num_experts: int, name: str, given: dict[str, Any]) -> None:
+    """Where the router was exchanged: a method's settings for its own are no keys that the user wrote."""
+    own = METHODS[method].defaults(num_experts).get("router", {})
+    known = {field.name for field in fields(ROUTERS[name].Options)} | {"name"}
+    foreign = [key for key in own if key not in known and key not in given]
+    if foreign:
+        raise ValueError(
+            f"router.name: the method {method!r} sets {', '.join(foreign)} of the router {own['name']!r}, which the "
+            f"router {name!r} has not: leave router.name alone, or set method=smoe or s2moe, which leave it open"
+        )
 
 
 SECTIONS: dict[str, type[Any]] = {  # fields of MoEConfig with options of their own

@@ -66,6 +66,12 @@ class RoutingContext:
     # What a router's first pass over the tokens leaves for a second (S2MoE's), by name; new in every layer.
     first_pass: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> RoutingContext:
+        """With its tensors on ``device``: accelerate calls it where a model's blocks are on several."""
+        names = ("mask_T", "token_T", "target_T", "attention_mask")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value.to(device, non_blocking=non_blocking) for name, value in given.items()})
+
     def for_copy(self) -> RoutingContext:
         """The context of a second pass over the same tokens, whose draws are independent of the first's."""
         return replace(self, copy=self.copy + 1)

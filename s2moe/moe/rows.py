@@ -45,7 +45,7 @@ def place(token_N: Tensor, expert_N: Tensor, num_tokens: int, choices: int | Non
         choices: K if every token has exactly K assignments; None for a ragged list.
     """
     order_N = expert_N.argsort(stable=True)
-    numbers_N = torch.arange(len(order_N), device=order_N.device)
+    numbers_N = torch.arange(order_N.shape[0], device=order_N.device)  # len() would fix N in an exported program
     place_N = torch.empty_like(order_N).scatter_(0, order_N, numbers_N)
     return Placement(token_N[order_N], order_N, place_N, _bags(token_N, num_tokens, choices), num_tokens)
 

@@ -37,7 +37,7 @@ def pair_similarity_loss(
         rows_ND: each assignment's expert output, without its weight, in the order of the routing's list.
         sigma: of the RBF kernel, as a multiple of the median distance.
         threshold: T*.
-        shared: f*, the least number of shared tokens.
+        shared: f*: pairs that share no more tokens than this do not count.
         pairs: at most so many pairs are compared, those with the most shared tokens.
         samples: at most so many shared tokens of each pair.
     """

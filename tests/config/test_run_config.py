@@ -61,6 +61,7 @@ def test_router_options_are_typed_and_reach_the_model() -> None:
         ("model.moe.router.z_los=1", r"model.moe.router.z_los: unknown key; did you mean model.moe.router.z_loss\?"),
         ("model.moe.router.z_loss=x", r"model.moe.router.z_loss: expected float, got 'x'"),
         ("model.moe.router.name=topp", r"model.moe: .*topk"),
+        ("model.moe.router.renormalise=true", r"model: renormalise with experts_per_token=1 .*: use combine="),
         ("model.moe.method=smo", r"model.moe.method: expected one of smoe, .*, got 'smo'"),
         ("model.moe.experts_per_token=99", r"model.moe: .*experts_per_token must lie in 1..num_experts"),
         ("model.hidden_size=100", r"model: .*hidden_size 100 is not a multiple of num_attention_heads 8"),
@@ -73,6 +74,13 @@ def test_router_options_are_typed_and_reach_the_model() -> None:
         ("model.max_position_embeddings=32", r"training.sequence_length: must not exceed .*=32, got 64"),
         ("schedule.warmup_steps=11", r"schedule.warmup_steps: must not exceed training.steps=10, got 11"),
         ("optimizer.lr=0", r"optimizer.lr: must be positive, got 0.0"),
+        ("training.timeout_minutes=0", r"training.timeout_minutes: must be positive, got 0.0"),
+        ("training.sequence_parallel=0", r"training.sequence_parallel: must be at least 1, got 0"),
+        (
+            "training.sequence_parallel=2",  # with the default method, s2moe
+            r"training.sequence_parallel: does not go with model.moe.stochastic.enabled, which needs whole sequences, "
+            r"got 2: use a router among topk, .*, or training.sequence_parallel=1 with training.activation_check",
+        ),
         ("name=a/b", r"name: must be a file name, got 'a/b'"),
     ],
 )
@@ -86,6 +94,36 @@ def test_bf16_needs_rows_of_sixteen_bytes() -> None:
     assert minimal(*odd).model["moe"]["expert_hidden"] == 36
     with pytest.raises(ConfigError, match=r"model.moe.expert_hidden: must be a multiple of 8 with bf16"):
         minimal(*odd, "training.precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("training.sequence_parallel=3",), r"must divide training.sequence_length=64, got 3"),
+        (("training.sequence_parallel=16",), r"must divide model.num_attention_heads=8, got 16"),
+        (
+            ("training.sequence_parallel=4", "model.num_attention_heads=12", "model.num_key_value_heads=6"),
+            r"must divide model.num_key_value_heads=6, or be a multiple of it, got 4",
+        ),
+        (("training.sequence_parallel=2", "training.compile=true"), r"does not go with training.compile, which"),
+        (("training.sequence_parallel=2", "model.moe.router.sequence_loss=0.1"), r"not go with .*sequence_loss, which"),
+        (("training.sequence_parallel=2", "model.moe.method=usmoe"), r"not go with model.moe.router.name=usmoe, which"),
+    ],
+)
+def test_impossible_sequence_parallelism(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        minimal("model.moe.method=smoe", "model.hidden_size=96", "model.num_attention_heads=8", *overrides)
+
+
+def test_sequence_parallel_world() -> None:
+    config = minimal("model.moe.method=smoe", "training.sequence_parallel=2", "training.micro_batch=2")
+    check_world(config, 4)
+    assert (config.micro_batch(4), config.accumulation_steps(4)) == (2, 2)
+    assert minimal("model.moe.method=smoe", "training.sequence_parallel=2").micro_batch(4) == 4
+    with pytest.raises(ConfigError, match=r"sequence_parallel: must divide the number of processes, 3, got 2: start"):
+        check_world(config, 3)
+    with pytest.raises(ConfigError, match=r"multiple of processes / sequence_parallel x micro_batch = 3 x 2, got 8"):
+        check_world(config, 6)
 
 
 def test_world_size() -> None:

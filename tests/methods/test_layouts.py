@@ -39,6 +39,9 @@ def assert_same_training(moe: dict[str, Any]) -> None:
     results = run_distributed(jobs.train_shapes, 2, SHAPES, STEPS, moe)
     reference = results[0][SHAPES[0]]
     reference_state = merged(results, SHAPES[0])
+    torch.manual_seed(0)
+    initial = jobs.S2MoEForCausalLM(jobs.tiny_config(**moe)).state_dict()
+    assert any((reference_state[name] - initial[name]).abs().max() > 1e-3 for name in reference_state)
     for shape in SHAPES[1:]:
         for result in results:
             run = result[shape]

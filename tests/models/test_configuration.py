@@ -47,6 +47,22 @@ def test_errors_name_the_key_and_the_remedy(given: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"method": "gshard", "experts_per_token": 3}, "second_choice=random is defined for two experts per token"),
+        ({"method": "base", "experts_per_token": 2}, "BASE assigns each token to one expert"),
+        ({"method": "compete_smoe", "experts_per_token": 1}, "renormalise with experts_per_token=1"),
+        ({"method": "usmoe", "router": {"budget": 99.0}}, r"budget must be positive and at most num_experts \(16\)"),
+        ({"method": "similarity_aware", "router": {"rank": 999}}, "rank must not exceed the model's width 256"),
+    ],
+    ids=str,
+)
+def test_a_router_that_cannot_be_is_refused_before_it_is_built(moe: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        S2MoEConfig(moe=moe)
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("hidden_size", "256"),

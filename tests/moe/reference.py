@@ -17,11 +17,13 @@ Choice = tuple[int, Tensor]  # an expert and its weight
 
 
 def activate(value: Tensor, name: str) -> Tensor:
-    """silu: z / (1 + e^-z);  gelu: z Φ(z);  relu: max(z, 0)."""
+    """silu: z / (1 + e^-z);  gelu: z Φ(z);  gelu_tanh: z (1 + tanh(√(2/π) (z + 0.044715 z³))) / 2;  relu: max(z, 0)."""
     if name == "silu":
         return value / (1 + torch.exp(-value))
     if name == "gelu":
         return value * normal_cdf(value)
+    if name == "gelu_tanh":
+        return value * (1 + torch.tanh((2 / math.pi) ** 0.5 * (value + 0.044715 * value**3))) / 2
     return value * (value > 0)
 
 

@@ -48,6 +48,8 @@ def test_what_is_given_overrides_the_method() -> None:
         ({"stochastic": {"temprature": 1.0}}, r"stochastic: unknown key 'temprature', did you mean 'temperature'"),
         ({"method": "s2mo"}, r"unknown method 's2mo', did you mean 's2moe'"),
         ({"router": {"name": "topp"}}, r"unknown router 'topp', did you mean 'topk'"),
+        ({"method": "gshard", "router": {"name": "ssr"}}, r"'gshard' sets second_choice, .* of the router 'topk'"),
+        ({"method": "compete_smoe", "router": {"name": "xmoe"}}, r"affinities into the logits of a linear router"),
         ({"expert_form": "glu"}, r"moe.expert_form: must be one of gated, mlp"),
         ({"activation": "tanh"}, r"moe.activation: must be one of silu"),
         ({"router": {"combine": "softmax"}}, r"router.combine: must be one of"),

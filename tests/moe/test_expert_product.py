@@ -48,11 +48,16 @@ def dense(counts: list[int], tensors: list[Tensor | None], form: str, activation
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("form", ["gated", "mlp"])
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [("loop", torch.float64, 1e-10), ("loop", torch.float32, 1e-4), ("grouped", torch.float32, 1e-4)],
+    [
+        ("loop", torch.float64, 1e-10),
+        ("loop", torch.float32, 1e-4),
+        ("grouped", torch.float32, 1e-4),
+        ("every", torch.float64, 1e-10),
+    ],
 )
 def test_output_and_gradients_equal_the_equations(
     counts: list[int],

@@ -218,5 +218,8 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 def test_simsmoe_is_refused_where_no_token_has_two_experts() -> None:
     with pytest.raises(ValueError, match="experts_per_token=2"):
         resolve_moe({"method": "smoe", "experts_per_token": 1, "regularisers": {"cka_loss": 0.1}})
+    for method in ("importance", "sample_similarity"):
+        with pytest.raises(ValueError, match="num_experts=2"):
+            resolve_moe({"method": method, "num_experts": 1, "experts_per_token": 1})
     with pytest.raises(ValueError, match="exclude each other"):
         resolve_moe({"method": "compete_smoe", "regularisers": {"cka_loss": 0.1}})
