@@ -1,0 +1,118 @@
+"""What the batch scripts would launch, and that they are sound; without Slurm."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "slurm").iterdir() if path.suffix in (".sh", ".sbatch"))
+
+
+def bash(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run bash in the clone, with nothing of a surrounding job and no site file."""
+    inherited = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM", "S2MOE", "NCCL", "GLOO", "OMP"))}
+    environment = inherited | {"S2MOE_SITE": "/dev/null", "S2MOE_PYTHON": "python3"} | variables
+    return subprocess.run(
+        ["bash", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
+    """The lines that a dry run prints."""
+    result = bash(f"slurm/{script}", "--dry-run", *arguments, **variables)
+    assert (result.returncode, result.stderr) == (0, "")
+    return [line.strip() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_syntax(path: Path) -> None:
+    assert bash("-n", str(path)).stderr == ""
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.name)
+def test_a_job_may_be_stopped_and_requeued(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    for option in ("--signal=B:USR1@300", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {option}" in lines
+
+
+def test_one_process_a_gpu() -> None:
+    lines = dry_run("pretrain.sbatch", "--nodes=4", "--gpus-per-node", "8", "--cpus-per-task=12", "--config", "x y")
+    assert lines[-1] == (
+        "srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=12 --kill-on-bad-exit=1 "
+        "--output=logs/pretrain-0/rank-%t.log --open-mode=append python3 "
+        f"{ROOT}/launcher/pretrain.py --config x\\ y"
+    )
+    assert "OMP_NUM_THREADS=12" in lines
+    assert "4 nodes x 8 processes x 12 threads" in lines[0]
+
+
+def test_nodes_without_gpus() -> None:
+    lines = dry_run("pretrain.sbatch", "--nodes=2", "--ntasks-per-node=2", "--config", "x")
+    assert "srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 " in lines[-1]
+
+
+def test_container_and_site(tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text("export NCCL_SOCKET_IFNAME=ib0\nMASTER_ADDR=first-ib\nS2MOE_SRUN_OPTIONS='--cpu-bind=none'\n")
+    container = "apptainer exec --nv image.sif"
+    inherited = {"MASTER_ADDR": "stale", "MASTER_PORT": "1", "RANK": "7"}
+    lines = dry_run("pretrain.sbatch", "--config", "x", S2MOE_SITE=str(site), S2MOE_CONTAINER=container, **inherited)
+    assert f"--open-mode=append --cpu-bind=none {container} python3 {ROOT}/launcher" in lines[-1]
+    assert {"NCCL_SOCKET_IFNAME=ib0", "MASTER_ADDR=first-ib"} <= set(lines)
+    assert "MASTER_PORT=1" not in lines
+
+
+def test_a_sweep_has_a_run_for_each_pair() -> None:
+    lines = dry_run("sweep.sbatch", "--methods=smoe,s2moe", "--seeds", "1,2", "--config", "c/base.yaml", "a.b=c")
+    launched = [line.partition("pretrain.py ")[2] for line in lines if line.startswith("srun ")]
+    assert "--array=0-3" in lines[0]
+    assert launched == [
+        f"--config c/base.yaml a.b=c model.moe.method={method} seed={seed} name=base-{method}-seed{seed}"
+        for method in ("smoe", "s2moe")
+        for seed in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["pretrain.sbatch"], {}, "error: submit this script: sbatch slurm/"),
+        (["pretrain.sbatch", "--dry-run", "--nodes=two"], {}, "error: --nodes: must be a number, got 'two'"),
+        (["pretrain.sbatch", "--dry-run"], {"S2MOE_SITE": "nowhere"}, "error: S2MOE_SITE: there is no file nowhere"),
+        (
+            ["pretrain.sbatch", "--dry-run", "--gpus-per-node=8"],
+            {"SLURM_CPUS_ON_NODE": "1"},
+            "error: the job has 1 CPUs on a node for 8 processes: submit with --ntasks-per-node=8 --cpus-per-task=N",
+        ),
+        (["sweep.sbatch", "--dry-run", "--seeds=1"], {}, "error: give --methods a,b,... and --seeds 1,2,..."),
+        (["sweep.sbatch", "--methods=a,b", "--seeds=1"], {}, "a sweep of 2 runs is a job array: sbatch --array=0-1"),
+        (
+            ["sweep.sbatch", "--methods=a,b", "--seeds=1"],
+            {"SLURM_ARRAY_TASK_ID": "2"},
+            "error: the sweep has 2 runs, number 2 is none of them: sbatch --array=0-1",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], variables: dict[str, str], message: str) -> None:
+    result = bash(f"slurm/{arguments[0]}", *arguments[1:], **variables)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over() -> None:
+    def port(job: int) -> int:
+        return int(bash("-c", f"root=.; source slurm/common.sh; free_port {job}").stdout)
+
+    job = next(number for number in range(4000, 4100) if port(number) == 10000 + number)
+    with socket.socket() as server:
+        server.bind(("", 10000 + job))
+        server.listen()
+        assert port(job) == 10000 + job + 4999
+    assert port(12_345_678) < 32768
