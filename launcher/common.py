@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
-USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130
+USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130  # and s2moe.training's errors.LOST, signals.STOPPED
 
 
 def prepare_environment() -> None:
@@ -44,7 +45,7 @@ def user_errors() -> Iterator[None]:
     """
     from s2moe.config import ConfigError
     from s2moe.data import CorpusError
-    from s2moe.training.errors import ProcessError, TrainingError
+    from s2moe.training.errors import LOST, LostProcessError, ProcessError, TrainingError
 
     try:
         yield
@@ -52,20 +53,32 @@ def user_errors() -> Iterator[None]:
         fail(f"error: {error}", USER_ERROR, everywhere=True)
     except (ConfigError, CorpusError) as error:
         fail(f"error: {error}", USER_ERROR)
+    except LostProcessError as error:
+        fail(f"error: {error}", LOST, everywhere=True)  # the process that speaks for its machine may be the lost one
     except TrainingError as error:
         fail(f"error: {error}", RUN_FAILED)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process speaks for its machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+
+
 def fail(message: str, status: int, everywhere: bool = False) -> None:
     """Print `message` once a machine, or by every process, and end this process with `status`."""
-    if everywhere or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
+    if everywhere or is_first_of_machine():
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         where = "" if rank == "0" else f"[rank {rank} on {socket.gethostname()}] "
         print(f"{where}{message}", file=sys.stderr, flush=True)
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`, at once: sys.exit may wait for processes that have already failed."""
     sys.stdout.flush()
-    # Not sys.exit: the process group may be waiting for processes that have already failed.
+    sys.stderr.flush()
     os._exit(status)
 
 

@@ -4,6 +4,8 @@
 python launcher/evaluate.py --checkpoint runs/quickstart --data data/embedded --split test
 python launcher/evaluate.py --checkpoint runs/quickstart/hf --data data/embedded --experts-per-token 1
 python launcher/evaluate.py --checkpoint runs/enwik8 --data data/enwik8 --protocol l1
+python launcher/evaluate.py --checkpoint runs/enwik8 --data data/enwik8 --corrupt word_swap --rate 0.05
+python launcher/evaluate.py --checkpoint runs/enwik8 --data data/enwik8 --report collapse --against runs/enwik8-seed2
 """
 
 from __future__ import annotations
@@ -40,6 +42,19 @@ def not_negative(text: str) -> int:
     return number
 
 
+def numbers(text: str) -> list[int]:
+    """An argument that lists counts: 1,2,4."""
+    return [positive(part) for part in text.split(",")]
+
+
+def probability(text: str) -> float:
+    """An argument between 0 and 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in 0..1, got {text}")
+    return number
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     from s2moe.training.evaluation import PROTOCOLS
@@ -49,7 +64,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, hf/ directory or checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="prepared corpus")
-    parser.add_argument("--split", default="test", help="split to score (default: test)")
+    parser.add_argument("--split", help="split to score (default: test; with --report: valid)")
     parser.add_argument("--experts-per-token", type=positive, help="k' experts per token instead of the trained number")
     parser.add_argument(
         "--protocol",
@@ -60,7 +75,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=positive, default=512, help="tokens before every scored one (default: 512)")
     parser.add_argument("--segment", type=positive, default=512, help="tokens scored per window (default: 512)")
     parser.add_argument("--batch", type=positive, default=16, help="windows per forward pass (default: 16)")
-    parser.add_argument("--max-symbols", type=positive, help="score only the first so many tokens")
+    parser.add_argument(
+        "--max-symbols", type=positive, help="score only the first so many tokens (default: all; with --report: 100000)"
+    )
     parser.add_argument(
         "--attention-window",
         type=not_negative,
@@ -72,12 +89,74 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="leave newline bytes out of the stream, as the l1 lineage's enwik8 loader does",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    return parser.parse_args(arguments)
+    add_corruption_arguments(parser)
+    add_report_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.corrupt is None and (options.rate is not None or options.corrupt_seed):
+        parser.error("--rate and --corrupt-seed belong to --corrupt: say which corruption")
+    if options.corrupt is not None and options.rate is None:
+        parser.error("--corrupt needs --rate, the probability that a word (or pair of characters) is hit, e.g. 0.05")
+    if options.corrupt is not None and options.report:
+        parser.error("--corrupt scores and --report reports: run them one after the other")
+    options.split = options.split or ("valid" if options.report else "test")
+    if options.report and options.max_symbols is None:
+        options.max_symbols = 100_000
+    return options
+
+
+def add_corruption_arguments(parser: argparse.ArgumentParser) -> None:
+    """What --corrupt is told."""
+    from s2moe.data import CORRUPTIONS
+
+    group = parser.add_argument_group(
+        "robustness",
+        "The model reads contaminated text and is scored on predicting the clean text's next symbol,\n"
+        "beside the figure for clean text. The same symbols are scored.",
+    )
+    group.add_argument(
+        "--corrupt",
+        choices=CORRUPTIONS,
+        help="char_swap: neighbouring characters within a word change places; word_swap: a word becomes AAA, as long "
+        "as it was (one token where tokens are words)",
+    )
+    group.add_argument(
+        "--rate", type=probability, help="probability that a pair of characters is swapped, or a word replaced"
+    )
+    group.add_argument("--corrupt-seed", type=not_negative, default=0, help="draws where (default: 0)")
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """What --report is told."""
+    group = parser.add_argument_group("reports")
+    group.add_argument(
+        "--report",
+        choices=("collapse",),
+        help="instead of a score: every collapse and routing metric of the SMoE layers, as JSON and pictures",
+    )
+    group.add_argument("--out", type=Path, help="directory of the report (default: collapse/ in the run directory)")
+    group.add_argument(
+        "--against", type=Path, nargs="+", default=[], help="other run directories, for the consistency of their loads"
+    )
+    group.add_argument(
+        "--slim", type=numbers, default=[1, 2, 4, 8, 16], help="k' of the slimmability curve (default: 1,2,4,8,16)"
+    )
+    group.add_argument(
+        "--probe-tokens",
+        type=positive,
+        default=4096,
+        help="first so many tokens of the split are probed (default: 4096)",
+    )
+    group.add_argument(
+        "--probe-samples", type=positive, default=256, help="of them, tokens that all experts compute (default: 256)"
+    )
 
 
 def main(arguments: list[str]) -> None:
     """Load, score, print a line for people and one of JSON."""
     options = parse(arguments)
+    if options.report:
+        report(options)
+        return
     from s2moe.training.standalone import evaluate_weights
 
     start = time.monotonic()
@@ -90,7 +169,23 @@ def main(arguments: list[str]) -> None:
         f"{answer['symbols']:,.0f} symbols, protocol {answer['protocol']}, "
         f"{window}, {answer['experts_per_token']} experts per token, weights {answer['weights']}"
     )
+    if answer["corruption"]:
+        found = answer["corruption"]
+        symbol = answer["symbol"]
+        print(
+            f"after {found['kind']} at rate {found['rate']:g} (seed {found['seed']}, {found['changed']:.2%} of the "
+            f"{symbol}s changed): {found['bpc']:.4f} bits per {symbol}, {found['bpc_increase']:+.4f}"
+        )
     print(json.dumps(answer))
+
+
+def report(options: argparse.Namespace) -> None:
+    """Write the report, print a table for people and a line of JSON that names its files."""
+    from s2moe.training.report_collapse import report_collapse, summary
+
+    answer = report_collapse(options)
+    print(summary(answer))
+    print(json.dumps({"mean": answer["mean"], "bpc": answer["slimmability"]["bpc"], "files": answer["files"]}))
 
 
 if __name__ == "__main__":

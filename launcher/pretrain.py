@@ -22,8 +22,12 @@ What would it cost? --dry-run prints parameters, memory per process and FLOPs an
 
 Every published method is one setting, model.moe.method=...; --list-methods says which there are.
 
+SIGTERM and SIGUSR1, to any process of the run, save a checkpoint at the end of the step and stop it.
+
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
-3 the loss or the gradient was not finite, or a checkpoint could not be written.
+3 the loss or the gradient was not finite, processes diverged, or a checkpoint could not be written,
+4 another process was lost, or nothing went on for training.timeout_minutes, 75 stopped by a signal: to be
+started again.
 """
 
 from __future__ import annotations
@@ -34,14 +38,17 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
 if TYPE_CHECKING:
     from s2moe.config.run import RunConfig
 
 try:
-    from launcher.common import fail, prepare_environment, run
+    from launcher.common import fail, is_first_of_machine, leave, prepare_environment, run
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, prepare_environment, run
+    from launcher.common import fail, is_first_of_machine, leave, prepare_environment, run
 
 prepare_environment()
 
@@ -96,18 +103,15 @@ def main(arguments: list[str]) -> None:
 def dry_run(config: RunConfig, world_size: int | None) -> None:
     """Print what the run would cost on `world_size` processes (default: one copy of the experts)."""
     from s2moe.config.run import check_world
-    from s2moe.data import CorpusError
-    from s2moe.training.plan import plan
+    from s2moe.training.plan import plan, vocabulary
 
     world_size = world_size or int(os.environ.get("WORLD_SIZE", config.training.expert_parallel))
     check_world(config, world_size)
-    try:
-        vocabulary = config.data.open().metadata.vocab_size
-    except CorpusError as error:
-        vocabulary = config.model["vocab_size"] or 256
-        print(f"note: counting with a vocabulary of {vocabulary}: {error}")
+    symbols, note = vocabulary(config)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(plan(config, config.model_config(vocabulary), world_size))
+        if note:
+            print(note)
+        print(plan(config, config.model_config(symbols), world_size))
 
 
 def train(config: RunConfig) -> None:
@@ -115,18 +119,28 @@ def train(config: RunConfig) -> None:
     from s2moe.training.processes import start_processes, stop_processes
     from s2moe.training.report import report
     from s2moe.training.run import pretrain
+    from s2moe.training.signals import STOPPED, catch_stop_signals, stop_signal
 
-    _ = config.data.open().tokenizer  # a mistake here should not wait for the other processes
-    processes = start_processes()
+    catch_stop_signals()
+    if is_first_of_machine():
+        _ = config.data.open().tokenizer  # a mistake here should not wait for the other processes
+    processes = start_processes(config.training.timeout_minutes)
     result = pretrain(config, processes)
-    stop_processes()
-    if not processes.is_main:
-        return
-    if result.finished:
-        print(report(config, result), flush=True)
-    else:
-        print(f"time is up after step {result.state.step}; the same command continues")
-        print(f"run directory: {result.directory}")
+    stop_processes(together=result.signalled)
+    if processes.is_main:
+        if result.finished:
+            print(report(config, result), flush=True)
+        else:
+            cause = f"stopped by {_name(stop_signal())}" if result.signalled else "time is up"
+            print(result.timing)
+            print(f"{cause} after step {result.state.step}; the same command continues")
+            print(f"run directory: {result.directory}")
+    if result.signalled:
+        leave(STOPPED)
+
+
+def _name(received: signal.Signals | None) -> str:
+    return received.name if received is not None else "a signal to another process"
 
 
 if __name__ == "__main__":

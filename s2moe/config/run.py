@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from s2moe.data import Corpus
     from s2moe.models.configuration import S2MoEConfig
 
+TOKENWISE = ("topk", "xmoe", "smoe_dropout")  # routers that choose by a token alone, wherever its sequence is
+
 
 @dataclass
 class DataConfig:
@@ -84,15 +86,27 @@ class TrainingConfig:
         "fp32", "dtype of weights and activations; optimizer state and router arithmetic are always float32"
     )
     zero_stage: int = option(1, "DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 weights too")
+    sequence_parallel: int = option(
+        1, "processes that share each sequence's tokens (Ulysses), for long ones; divides sequence_length and heads"
+    )
+    offload_optimizer: bool = option(
+        False, "keep optimizer state and its float32 weights in the host's memory, and step there: fits more, is slower"
+    )
     expert_parallel: int = option(1, "processes that share one copy of the experts; divides processes and experts")
+    freeze: Literal["none", "routers", "experts", "routers_and_experts"] = option(
+        "none", "what of the SMoE layers is not trained; X-MoE fine-tunes with routers_and_experts"
+    )
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the dense parts of the model (attention)")
     stop_after_minutes: float | None = option(
         None, "save a checkpoint and stop after this time; the same command then resumes"
     )
+    timeout_minutes: float = option(
+        30.0, "a process that made no progress for so long ends, and names the one it waits for; above any checkpoint"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "sequence_length", "expert_parallel"):
+        for name in ("steps", "global_batch", "sequence_length", "expert_parallel", "sequence_parallel"):
             require(getattr(self, name) >= 1, f"training.{name}", "must be at least 1", getattr(self, name))
         if self.micro_batch is not None:
             require(self.micro_batch >= 1, "training.micro_batch", "must be at least 1", self.micro_batch)
@@ -108,10 +122,26 @@ class TrainingConfig:
                 "expert_parallel, and bf16 training diverges from stages 1-3. Use 1, which costs nothing more"
             )
         require(self.zero_stage in (1, 2, 3), "training.zero_stage", "must be 1, 2 or 3", self.zero_stage)
+        require(self.timeout_minutes > 0, "training.timeout_minutes", "must be positive", self.timeout_minutes)
         if self.stop_after_minutes is not None:
             require(
                 self.stop_after_minutes > 0, "training.stop_after_minutes", "must be positive", self.stop_after_minutes
             )
+
+
+@dataclass
+class InitConfig:
+    weights: str | None = option(
+        None,
+        "run or Hugging Face directory whose weights a new run begins with, its optimizer fresh; experts may be twice "
+        "as many as there, or of a dense model's MLPs (one trained with model.moe.first_dense=num_hidden_layers)",
+    )
+    noise: float = option(
+        0.01, "what copied experts are told apart by: standard deviation, relative to that of each matrix"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.noise >= 0, "init.noise", "must not be negative", self.noise)
 
 
 @dataclass
@@ -137,9 +167,30 @@ class EvaluationConfig:
 
 
 @dataclass
+class ProbeConfig:
+    every: int = option(
+        0, "steps between probes of the SMoE layers, the collapse metrics (and one at the end); 0: none"
+    )
+    tokens: int = option(
+        4096,
+        "first so many tokens of the validation split, in windows of training.sequence_length; the same every time",
+    )
+    samples: int = option(256, "tokens among them, evenly spaced, that all experts compute to compare their outputs")
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "probe.every", "must not be negative", self.every)
+        require(self.tokens >= 1, "probe.tokens", "must be at least 1", self.tokens)
+        require(self.samples >= 2, "probe.samples", "must be at least 2", self.samples)
+
+
+@dataclass
 class CheckpointConfig:
     every: int = option(1000, "steps between checkpoints; 0: only at the end")
     keep: int = option(2, "complete checkpoints to keep")
+    asynchronous: bool = option(
+        False,
+        "write behind training: it waits only for a copy in the host's memory, and a failed write ends it later",
+    )
     resume: Literal["auto", "never", "must"] = option(
         "auto", "auto: continue from the newest checkpoint if there is one; never, must: an error if there is, is not"
     )
@@ -163,6 +214,31 @@ class LoggingConfig:
         require(self.sample_tokens >= 0, "logging.sample_tokens", "must not be negative", self.sample_tokens)
 
 
+@dataclass
+class ProfileConfig:
+    steps: str | int | None = option(
+        None, "write torch profiler traces of these steps, e.g. 10 or 10-12, to the run's profile/; null: none"
+    )
+    layers_every: int = option(
+        1000,
+        "steps between samples (and one at step 10) of the time inside the SMoE layers: dispatch, all-to-all, "
+        "experts; 0: none",
+    )
+
+    def __post_init__(self) -> None:
+        require(self.layers_every >= 0, "profile.layers_every", "must not be negative", self.layers_every)
+        self.range()
+
+    def range(self) -> tuple[int, int] | None:
+        """First and last of the steps to trace."""
+        if self.steps is None:
+            return None
+        first, _, last = str(self.steps).partition("-")
+        valid = first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)
+        require(valid, "profile.steps", "must be a step or a range of steps such as 10-12", self.steps)
+        return int(first), int(last or first)
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """Everything that decides a run. `model` holds `S2MoEConfig`'s own fields, resolved, as a plain dict."""
@@ -173,11 +249,14 @@ class RunConfig:
     output_dir: str = option("runs", "directory of all runs")
     seed: int = option(1, "initial weights, order of the data, dropout and noise")
     model: dict[str, Any] = option(factory=default_model, section=model_section())
+    init: InitConfig = option(factory=InitConfig)
     optimizer: OptimizerConfig = option(factory=OptimizerConfig)
     schedule: ScheduleConfig = option(factory=ScheduleConfig)
     evaluation: EvaluationConfig = option(factory=EvaluationConfig)
+    probe: ProbeConfig = option(factory=ProbeConfig)
     checkpoint: CheckpointConfig = option(factory=CheckpointConfig)
     logging: LoggingConfig = option(factory=LoggingConfig)
+    profile: ProfileConfig = option(factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -201,7 +280,47 @@ class RunConfig:
             f"must not exceed training.steps={training.steps}",
             schedule.warmup_steps,
         )
+        require(
+            not self.probe.every or self.probe.tokens >= training.sequence_length,
+            "probe.tokens",
+            f"must be at least training.sequence_length={training.sequence_length}, one window",
+            self.probe.tokens,
+        )
         self._check_experts()
+        if training.sequence_parallel > 1:
+            self._check_sequence_parallel()
+
+    def _check_sequence_parallel(self) -> None:
+        """Sequences can be cut where nothing but attention looks beyond a token."""
+        moe, training, key = self.model["moe"], self.training, "training.sequence_parallel"
+        size, heads = training.sequence_parallel, self.model["num_attention_heads"]
+        groups = self.model["num_key_value_heads"] or heads
+        for name, count in (
+            ("training.sequence_length", training.sequence_length),
+            ("model.num_attention_heads", heads),
+        ):
+            require(count % size == 0, key, f"must divide {name}={count}", size)
+        require(
+            groups % size == 0 or size % groups == 0,
+            key,
+            f"must divide model.num_key_value_heads={groups}, or be a multiple of it",
+            size,
+        )
+        whole = [
+            f"model.moe.router.name={moe['router']['name']}" if moe["router"]["name"] not in TOKENWISE else "",
+            "model.moe.router.sequence_loss" if moe["router"].get("sequence_loss") else "",
+            "model.moe.stochastic.enabled" if moe["stochastic"]["enabled"] else "",
+            "training.compile" if training.compile else "",
+        ]
+        found = " and ".join(filter(None, whole))
+        require(
+            not found,
+            key,
+            f"does not go with {found}, which needs whole sequences",
+            size,
+            f"use a router among {', '.join(TOKENWISE)} without those, or training.sequence_parallel=1 with "
+            "training.activation_checkpointing=true, training.zero_stage=3 or a smaller training.micro_batch",
+        )
 
     def _check_experts(self) -> None:
         moe, training = self.model["moe"], self.training
@@ -230,11 +349,12 @@ class RunConfig:
 
     def accumulation_steps(self, world_size: int) -> int:
         """Forward passes per process and optimizer step."""
-        return self.training.global_batch // (self.micro_batch(world_size) * world_size)
+        together = world_size // self.training.sequence_parallel
+        return self.training.global_batch // (self.micro_batch(world_size) * together)
 
     def micro_batch(self, world_size: int) -> int:
         """Sequences per process and forward pass."""
-        return self.training.micro_batch or self.training.global_batch // world_size
+        return self.training.micro_batch or self.training.global_batch * self.training.sequence_parallel // world_size
 
     def model_config(self, vocab_size: int) -> S2MoEConfig:
         """The model's configuration for a corpus of `vocab_size` symbols.
@@ -264,12 +384,21 @@ def check_world(config: RunConfig, world_size: int) -> None:
         training.expert_parallel,
         f"start a multiple of {training.expert_parallel} processes, or set training.expert_parallel=1",
     )
-    step = world_size * (training.micro_batch or 1)
+    require(
+        world_size % training.sequence_parallel == 0,
+        "training.sequence_parallel",
+        f"must divide the number of processes, {world_size}",
+        training.sequence_parallel,
+        f"start a multiple of {training.sequence_parallel} processes, or set training.sequence_parallel=1",
+    )
+    together = world_size // training.sequence_parallel
+    step = together * (training.micro_batch or 1)
     possible = max(1, training.global_batch // step) * step
     require(
         training.global_batch % step == 0,
         "training.global_batch",
-        f"must be a multiple of processes x micro_batch = {world_size} x {training.micro_batch or 1}",
+        f"must be a multiple of processes {'/ sequence_parallel ' if together < world_size else ''}x micro_batch = "
+        f"{together} x {training.micro_batch or 1}",
         training.global_batch,
         f"start another number of processes, or set training.global_batch={possible}"
         + (" or a smaller training.micro_batch" if training.micro_batch else ""),

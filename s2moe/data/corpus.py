@@ -83,10 +83,26 @@ class CorpusMetadata:
 class TokenStream(Sequence[int]):
     """One split's tokens ``[tokens]``, memory-mapped; indexing and slicing are numpy's."""
 
-    def __init__(self, name: str, tokens: NDArray[Any], symbols: int) -> None:
+    def __init__(self, name: str, tokens: NDArray[Any], symbols: int, path: Path | None = None) -> None:
         self.name = name
         self.tokens = tokens
         self.symbols = symbols
+        self.path = path
+        self._opened = None if path is None else _signature(path)
+
+    def require_unchanged(self) -> None:
+        """Raise CorpusError unless the file is what was opened: reading one that was cut off kills the process."""
+        if self.path is None:
+            return
+        try:
+            now = _signature(self.path)
+        except OSError as error:
+            raise CorpusError(f"the data file {self.path} is gone ({error.strerror}): put it back as it was") from error
+        if now != self._opened:
+            raise CorpusError(
+                f"the data file {self.path} has changed since it was opened: put it back as it was, "
+                "or prepare the corpus again and start a new run"
+            )
 
     def __len__(self) -> int:
         return int(self.tokens.size)
@@ -138,7 +154,7 @@ class Corpus:
             known = ", ".join(self.metadata.splits)
             raise CorpusError(f"{self.name} has no split {name!r}; it has {known}")
         tokens = np.memmap(self.path(name), dtype=self.metadata.dtype, mode="r")
-        return TokenStream(name, tokens, self.metadata.splits[name].symbols)
+        return TokenStream(name, tokens, self.metadata.splits[name].symbols, self.path(name))
 
     def text_bytes(self, name: str) -> bytes:
         """A split's text, decoded again, as bytes (all of it in memory)."""
@@ -161,6 +177,11 @@ class Corpus:
 
     def _bytes(self, name: str) -> int:
         return self.metadata.splits[name].tokens * np.dtype(self.metadata.dtype).itemsize
+
+
+def _signature(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def preparation_command(directory: str | os.PathLike[str]) -> str:

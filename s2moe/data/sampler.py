@@ -34,6 +34,7 @@ class WindowSampler:
                 f"the stream of {len(stream)} tokens is shorter than two sequences of {sequence_length}; "
                 f"give a sequence length of at most {len(stream) // 2}, or more text"
             )
+        self.stream = stream if isinstance(stream, TokenStream) else None
         self.tokens = stream.tokens if isinstance(stream, TokenStream) else stream
         self.sequence_length = sequence_length
         self.seed = seed
@@ -44,10 +45,12 @@ class WindowSampler:
     def batch(self, first_sample: int, count: int) -> NDArray[np.int64]:
         """Samples ``first_sample`` to ``first_sample + count - 1``: ``[B, S + 1]`` int64.
 
-        Row b holds S inputs and, shifted by one, their S targets.
+        Row b holds S inputs and, shifted by one, their S targets. CorpusError if the file has changed.
         """
         if first_sample < 0:
             raise CorpusError(f"sample {first_sample} does not exist; samples are counted from 0")
+        if self.stream is not None:
+            self.stream.require_unchanged()
         batch_BS = np.empty((count, self.sequence_length + 1), dtype=np.int64)
         for row in range(count):
             start = self.start(first_sample + row)

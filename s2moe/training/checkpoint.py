@@ -1,39 +1,42 @@
 """Checkpoints that are complete or absent.
 
 A checkpoint is written to `checkpoints/.tmp-step-N`; when every process has written its part and the
-files are on disk, process 0 lists them with their sizes in `manifest.json` and renames the directory
+files are on disk, process 0 lists them with sizes and checksums in `manifest.json` and renames the directory
 to `checkpoints/step-00000N`. There is no pointer to the latest one: it is the complete checkpoint
 with the highest step. So a process killed at any moment leaves at most a temporary directory, which
 the next run removes.
 
 The files themselves are DeepSpeed's. It continues a checkpoint written at another expert-parallel
-degree silently wrong, therefore `restore` compares the degrees in the manifest first.
+degree silently wrong, therefore `restore` compares the shapes first; reshape.py converts.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from s2moe.config.options import ConfigError
+from s2moe.parallel import deepspeed_compat
 
 from .errors import TrainingError
 from .quiet import no_prints
+from .writing import BackgroundWriter, Writer, digest, sync
 
 MANIFEST = "manifest.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # converters that DeepSpeed adds, blind to spread experts
-_TEMPORARY = ".tmp-"
-_OPTIONS = ("betas", "eps", "weight_decay")  # of the optimizer, per parameter group
+TEMPORARY = ".tmp-"
+UNIVERSAL = "universal-"  # a checkpoint's universal form beside it, while a run changes its shape
 
 
 @dataclass
@@ -61,10 +64,49 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint directory and its state."""
+    """A complete checkpoint directory and its state.
+
+    Attributes:
+        universal: its files do not depend on the shape of the run that wrote it.
+        sizes, digests: bytes and SHA-256 of its files; no digests in checkpoints that are older than them.
+    """
 
     path: Path
     state: TrainingState
+    universal: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, str] | None = None
+
+
+@dataclass
+class Pending:
+    """A checkpoint whose files are being written."""
+
+    temporary: Path
+    final: Path
+    state: TrainingState
+    keep: int
+    writer: Writer
+
+    def publish(self) -> Path:
+        """Wait for the files of all processes and make a checkpoint of them. Collective.
+
+        Raises:
+            TrainingError: on every process, when one of them could not write. Older checkpoints stay as they were.
+        """
+        self.writer.wait()
+        digests = _require_success(self.writer.failures, self.writer.digests, self.temporary)
+        failures = []
+        try:
+            if _rank() == 0:
+                publish(self.temporary, self.final, self.state, digests)
+                for checkpoint in list_complete(self.final.parent)[: -self.keep]:
+                    _remove(checkpoint.path)
+                remove_universal(self.final.parent)  # the run has gone on in its new shape
+        except OSError as error:
+            failures.append(str(error))
+        _require_success(failures, {}, self.temporary)
+        return self.final
 
 
 def save(engine: Any, directory: Path, state: TrainingState, keep: int) -> Path:
@@ -75,57 +117,104 @@ def save(engine: Any, directory: Path, state: TrainingState, keep: int) -> Path:
     Raises:
         TrainingError: on every process, when one of them cannot write. Older checkpoints stay as they were.
     """
-    temporary = directory / f"{_TEMPORARY}step-{state.step}"
-    final = directory / f"step-{state.step:08d}"
+    return begin(engine, directory, state, keep, Writer()).publish()
+
+
+def begin(engine: Any, directory: Path, state: TrainingState, keep: int, writer: Writer) -> Pending:
+    """Give the files of a checkpoint to `writer`. Collective."""
+    temporary = directory / f"{TEMPORARY}step-{state.step}"
     if _rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     _barrier()
-    with _noting_failures(engine) as failures:
+    with writer.of(engine):
         engine.save_checkpoint(str(directory), tag=temporary.name, client_state=asdict(state), save_latest=False)
-    try:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            for file in _files(temporary):
-                _sync(file)
-    except OSError as error:
-        failures.append(str(error))
-    _require_success(failures, temporary)
-    try:
-        if _rank() == 0:
-            _publish(temporary, final, state)
-            for checkpoint in list_complete(directory)[:-keep]:
-                _remove(checkpoint.path)
-    except OSError as error:
-        failures.append(str(error))
-    _require_success(failures, temporary)
-    return final
+    return Pending(temporary, directory / f"step-{state.step:08d}", replace(state), keep, writer)
+
+
+class Saver:
+    """Saves the checkpoints of a run, behind training where `asynchronous` says so: one at a time.
+
+    A checkpoint in writing is published at the first step boundary at which all processes have their files on the
+    disk. Until then there is only its temporary directory.
+    """
+
+    def __init__(self, engine: Any, directory: Path, keep: int, asynchronous: bool) -> None:
+        self._engine, self._directory, self._keep, self._asynchronous = engine, directory, keep, asynchronous
+        self._pending: Pending | None = None
+
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint, or begin to. Collective.
+
+        Raises:
+            TrainingError: as `save`, also for the checkpoint before this one.
+        """
+        self.settle(wait=True)
+        writer = BackgroundWriter() if self._asynchronous else Writer()
+        self._pending = begin(self._engine, self._directory, state, self._keep, writer)
+        self.settle(wait=not self._asynchronous)
+
+    def settle(self, wait: bool = False) -> None:
+        """Publish the checkpoint in writing if all processes have written, or `wait` until then. Collective.
+
+        To be called between steps, and with `wait` at the end.
+
+        Raises:
+            TrainingError: as `save`.
+        """
+        if self._pending is None or not (wait or self._all_done(self._pending.writer)):
+            return
+        pending, self._pending = self._pending, None
+        pending.publish()
+
+    def _all_done(self, writer: Writer) -> bool:
+        if not dist.is_initialized():
+            return writer.done()
+        missing = torch.tensor([float(not writer.done())], device=self._engine.device)
+        dist.all_reduce(missing)
+        return missing.item() == 0
 
 
 def restore(engine: Any, checkpoint: Checkpoint, current: TrainingState) -> TrainingState:
     """Load a checkpoint into the engine and return its state. Collective.
 
-    The optimizer's options stay those that the engine was built with; DeepSpeed would bring back the saved ones.
+    Options of the optimizer and clipping stay those that the engine was built with.
 
     Raises:
-        ConfigError: if it was written at another degree of parallelism, precision, seed or corpus.
+        ConfigError: if it is of another run, or was written in another shape and is not universal; or if a file of it
+            is not what a checkpoint's file may be.
     """
     require_same(checkpoint, current)
-    configured = [{name: group[name] for name in _OPTIONS} for group in engine.optimizer.param_groups]
-    with no_prints():
-        loaded, _ = engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed could not load the checkpoint {checkpoint.path}")
-    for group, options in zip(engine.optimizer.param_groups, configured, strict=True):
-        group.update(options)
+    if not checkpoint.universal and shape_of(checkpoint.state) != shape_of(current):
+        raise ConfigError(f"{checkpoint.path} was written with {shape_text(checkpoint.state)}: it needs converting")
+    load = deepspeed_compat.load_universal if checkpoint.universal else deepspeed_compat.load_checkpoint
+    try:
+        with no_prints():
+            load(engine, checkpoint.path)
+    except deepspeed_compat.CheckpointFileError as error:
+        raise ConfigError(str(error)) from error
     return checkpoint.state
 
 
+def shape_of(state: TrainingState) -> tuple[int, int, int]:
+    """What decides how a checkpoint's files are cut: processes, expert-parallel degree, ZeRO stage."""
+    return state.world_size, state.expert_parallel, state.zero_stage
+
+
+def shape_text(state: TrainingState) -> str:
+    """That for the user."""
+    return (
+        f"{state.world_size} processes, training.expert_parallel={state.expert_parallel}, "
+        f"training.zero_stage={state.zero_stage}"
+    )
+
+
 def require_same(checkpoint: Checkpoint, current: TrainingState) -> None:
-    """Raise ConfigError naming every setting in which the run differs so that it cannot continue exactly."""
+    """Raise ConfigError naming every setting in which the run differs so that it cannot continue exactly.
+
+    Its shape may differ: see reshape.py.
+    """
     saved = checkpoint.state
     keys = {
-        "world_size": "the number of processes",
-        "expert_parallel": "training.expert_parallel",
-        "zero_stage": "training.zero_stage",
         "precision": "training.precision",
         "seed": "seed",
         "corpus": "the training data",
@@ -141,9 +230,11 @@ def require_same(checkpoint: Checkpoint, current: TrainingState) -> None:
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-    before, now = (state.config.get("training", {}).get("sequence_length") for state in (saved, current))
-    if before != now:
-        changes.append(f"training.sequence_length was {before}, is {now}")
+    # Another freeze would let the optimizer's state move what is frozen. Older checkpoints do not know it.
+    for name, default in (("sequence_length", None), ("global_batch", None), ("freeze", "none")):
+        before, now = (state.config.get("training", {}).get(name, default) for state in (saved, current))
+        if before != now:
+            changes.append(f"training.{name} was {before}, is {now}")
     if changes:
         raise ConfigError(
             f"cannot continue from {checkpoint.path}: {'; '.join(changes)}. "
@@ -151,14 +242,21 @@ def require_same(checkpoint: Checkpoint, current: TrainingState) -> None:
         )
 
 
-def find_latest(directory: Path, warn: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The complete checkpoint with the highest step; damaged newer ones are named through `warn`."""
-    for path in sorted(_candidates(directory), reverse=True):
+def find_latest(
+    directory: Path, warn: Callable[[str], None] = lambda message: None, without: Collection[Path] = ()
+) -> Checkpoint | None:
+    """The complete checkpoint with the highest step, not one `without`; damaged newer ones are named through `warn`."""
+    for path in sorted(set(_candidates(directory)) - set(without), reverse=True):
         try:
             return open_checkpoint(path)
         except ConfigError as error:
             warn(f"{error}; falling back to the checkpoint before it")
     return None
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether there is no checkpoint, not even a damaged one."""
+    return not _candidates(directory)
 
 
 def list_complete(directory: Path) -> list[Checkpoint]:
@@ -181,10 +279,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         sizes, state = manifest["files"], TrainingState(**manifest["state"])
+        has_checksums = bool({"sha256", "manifest"} & manifest.keys())
+        intact = not has_checksums or manifest.pop("manifest") == _own_digest(manifest)
     except FileNotFoundError:
         raise ConfigError(f"the checkpoint {path} is incomplete: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the checkpoint {path} is damaged: its {MANIFEST} cannot be read ({error})") from error
+    if not intact:
+        raise ConfigError(f"the checkpoint {path} is damaged: its {MANIFEST} has not the content that was written")
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():
@@ -193,13 +295,44 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise ConfigError(
                 f"the checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes instead of {size}"
             )
-    return Checkpoint(path, state)
+    return Checkpoint(path, state, bool(manifest.get("universal")), sizes, manifest.get("sha256"))
+
+
+def verify(checkpoint: Checkpoint, progress: Callable[[], None] = lambda: None) -> None:
+    """Compare every file with its checksum, each on one process. Collective. `progress` is called after each file.
+
+    Raises:
+        ConfigError: on every process, naming the first file that has not the content that was written.
+    """
+    problems = []
+    if checkpoint.digests is not None:
+        # The largest files first, dealt out like cards: processes read about the same.
+        names = sorted(checkpoint.digests, key=lambda name: (-checkpoint.sizes[name], name))
+        for name in names[_rank() :: _world()]:
+            try:
+                found = digest(checkpoint.path / name)
+            except OSError as error:
+                problems.append(f"{name} cannot be read ({error.strerror})")
+            else:
+                if found != checkpoint.digests[name]:
+                    problems.append(f"{name} has not the content that was written (SHA-256)")
+            progress()
+    every = [problem for of_process in _gather(problems) for problem in of_process]
+    if every:
+        raise ConfigError(f"the checkpoint {checkpoint.path} is damaged: {min(every)}")
 
 
 def remove_temporary(directory: Path) -> None:
     """Remove what an earlier process left half-written or half-deleted. For process 0, before training."""
-    for path in directory.glob(f"{_TEMPORARY}*"):
+    for path in directory.glob(f"{TEMPORARY}*"):
         shutil.rmtree(path)
+
+
+def remove_universal(directory: Path, but: Checkpoint | None = None) -> None:
+    """Remove the universal forms of checkpoints, except that of one. For one process."""
+    for path in directory.glob(f"{UNIVERSAL}*"):
+        if but is None or path.name != f"{UNIVERSAL}{but.path.name}":
+            _remove(path)
 
 
 def _candidates(directory: Path) -> list[Path]:
@@ -208,68 +341,61 @@ def _candidates(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if _COMPLETE.fullmatch(path.name)]
 
 
-@contextlib.contextmanager
-def _noting_failures(engine: Any) -> Iterator[list[str]]:
-    """Within it, a file that the engine cannot write is noted, not raised: processes wait for one another to save.
+def _require_success(failures: list[str], digests: dict[Path, str], temporary: Path) -> dict[str, str]:
+    """The checksums of all processes' files, by their path in the checkpoint. Collective.
 
-    What was written of the file goes, which on a full disk makes room for the others to go on.
+    Raises:
+        TrainingError: on every process if one of them failed, after removing what was written.
     """
-    failures: list[str] = []
-    writer = engine.checkpoint_engine
-    write = writer.save
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
-            failures.append(f"{path}: {error}")
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-    writer.save = save
-    try:
-        yield failures
-    except OSError as error:
-        failures.append(str(error))
-    finally:
-        del writer.save  # the class' own comes back
-
-
-def _require_success(failures: list[str], temporary: Path) -> None:
-    """Raise TrainingError on every process if one of them failed, after removing what was written. Collective."""
-    found = [failures]
-    if dist.is_initialized():
-        found = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, failures)
-    first = next((failure for of_process in found for failure in of_process), None)
+    gathered = _gather((failures, {str(path.relative_to(temporary)): value for path, value in digests.items()}))
+    first = next((failure for failures_of, _ in gathered for failure in failures_of), None)
     if first is None:
-        return
+        return {name: value for _, digests_of in gathered for name, value in digests_of.items()}
     if _rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     raise TrainingError(
-        f"cannot write the checkpoint {temporary.name.removeprefix(_TEMPORARY)}: {first}; the last complete "
+        f"cannot write the checkpoint {temporary.name.removeprefix(TEMPORARY)}: {first}; the last complete "
         "checkpoint is intact: make room, and the same command continues from there"
     )
 
 
-def _publish(temporary: Path, final: Path, state: TrainingState) -> None:
-    """Turn the written files into a checkpoint."""
-    _write_manifest(temporary, state)
-    if final.exists():  # an incomplete one of this step
+def publish(
+    temporary: Path, final: Path, state: TrainingState, digests: dict[str, str], universal: bool = False
+) -> None:
+    """Turn the written files into a checkpoint. In one process; `digests` of the files as far as they are known."""
+    _write_manifest(temporary, state, digests, universal)
+    if final.exists():  # a damaged one
         _remove(final)
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     for script in _SCRIPTS:
         (final.parent / script).unlink(missing_ok=True)
 
 
-def _write_manifest(path: Path, state: TrainingState) -> None:
-    sizes = {str(file.relative_to(path)): file.stat().st_size for file in _files(path)}
-    with open(path / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({"files": sizes, "state": asdict(state)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path)
+def _write_manifest(path: Path, state: TrainingState, digests: dict[str, str], universal: bool = False) -> None:
+    """List the directory's files. Those of which `digests` does not know the checksum are read for it."""
+    sizes = {}
+    for file in _files(path):
+        name = str(file.relative_to(path))
+        sizes[name] = file.stat().st_size
+        if name not in digests:
+            sync(file)
+            digests[name] = digest(file)
+    manifest: dict[str, Any] = {
+        "files": sizes,
+        "sha256": {name: digests[name] for name in sizes},
+        "state": asdict(state),
+    }
+    if universal:
+        manifest["universal"] = True
+    text = json.dumps({**manifest, "manifest": _own_digest(manifest)}, indent=1)
+    (path / MANIFEST).write_text(text, encoding="utf-8")
+    sync(path / MANIFEST)
+    sync(path)
+
+
+def _own_digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _files(path: Path) -> list[Path]:
@@ -278,21 +404,26 @@ def _files(path: Path) -> list[Path]:
 
 def _remove(path: Path) -> None:
     """Delete a directory so that, killed half-way, it does not look like a checkpoint."""
-    doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _gather(mine: Any) -> list[Any]:
+    """Every process' value, on all. Collective."""
+    if not dist.is_initialized():
+        return [mine]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, mine)
+    return values
 
 
 def _barrier() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -10,27 +10,40 @@ from torch import nn
 from s2moe.config.run import RunConfig
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
+from s2moe.moe.freezing import freeze_named
 from s2moe.parallel import deepspeed_compat
+from s2moe.parallel.sequence_parallel import spread_sequences
 
 from .processes import Processes
 from .quiet import no_prints
 
+if TYPE_CHECKING:
+    from .initial import InitialWeights
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_engine(config: RunConfig, model_config: S2MoEConfig, processes: Processes) -> Any:
+def build_engine(
+    config: RunConfig, model_config: S2MoEConfig, processes: Processes, initial: InitialWeights | None = None
+) -> Any:
     """The engine: this process' part of the model, its optimizer, ZeRO and mixed precision. Collective.
 
     Only the experts this process owns are ever built; initial weights do not depend on the number of
-    processes.
+    processes. They are drawn, or `initial`.
     """
     import deepspeed
 
     parallel = deepspeed_compat.expert_parallel(config.training.expert_parallel)
     torch.manual_seed(config.seed)
     model = S2MoEForCausalLM(model_config, parallel).to(processes.device)
+    if initial is not None:
+        initial.fill(model)
     if config.training.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.training.sequence_parallel > 1:
+        micro_batch = config.micro_batch(processes.world_size)
+        spread_sequences(model, config.training.sequence_parallel, micro_batch, config.training.sequence_length)
+    freeze_named(model, config.training.freeze)
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         deepspeed_compat.optimizer_groups(model, settings.weight_decay),
@@ -54,13 +67,18 @@ def build_engine(config: RunConfig, model_config: S2MoEConfig, processes: Proces
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run. Its learning-rate schedule and logging stay unused."""
     training = config.training
+    zero: dict[str, Any] = {"stage": training.zero_stage, "contiguous_gradients": True, "reduce_scatter": True}
+    if training.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_batch_size": training.global_batch,
+        "train_batch_size": training.global_batch * training.sequence_parallel,  # each part counts as a sequence
         "train_micro_batch_size_per_gpu": config.micro_batch(world_size),
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
         "gradient_clipping": config.optimizer.clip,
-        "zero_optimization": {"stage": training.zero_stage, "contiguous_gradients": True, "reduce_scatter": True},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # torch's fused AdamW steps on the CPU as well. DeepSpeed's own is compiled at its first use, for minutes.
+        "zero_force_ds_cpu_optimizer": False,
         # Without it bf16 gradients of accumulated micro-batches are added up in bf16.
         "data_types": {"grad_accum_dtype": None if training.precision == "fp16" else "fp32"},
         "bf16": {"enabled": training.precision == "bf16"},
@@ -76,6 +94,7 @@ def compile_dense_parts(model: S2MoEForCausalLM) -> None:
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """Set the learning rate of the next optimizer step."""
+    """Set the learning rate of the next optimizer step, for all that is not frozen."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        if not group.get(deepspeed_compat.FROZEN):
+            group["lr"] = rate

@@ -48,7 +48,7 @@ def gather_state(model: nn.Module) -> dict[str, Tensor] | None:
     keep = not dist.is_initialized() or dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        with _whole(parameter), torch.no_grad():
+        with whole(parameter), torch.no_grad():
             tensor = parameter.detach()
             if name in experts:
                 tensor = gather_experts(tensor, experts[name])
@@ -114,10 +114,10 @@ def require_replaceable(target: Path) -> None:
         raise ConfigError(f"{target} exists and is not an exported model: give another --out")
 
 
-def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """Within it, a parameter that ZeRO-3 has cut up is whole."""
-    if not hasattr(parameter, "ds_id"):
+def whole(*parameters: nn.Parameter) -> AbstractContextManager[Any]:
+    """Within it, parameters that ZeRO-3 has cut up are whole. Collective over the ranks that hold their parts."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters(list(parameters))

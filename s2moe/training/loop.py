@@ -25,6 +25,7 @@ from torch import Tensor
 from s2moe.config.run import RunConfig
 from s2moe.data import WindowSampler, microbatch_start
 from s2moe.moe.routing import LayerStatistics, RoutingContext
+from s2moe.parallel.sequence_parallel import SequencePart
 
 from .checkpoint import TrainingState
 from .diagnosis import find_cause
@@ -34,6 +35,8 @@ from .processes import Processes
 from .routing_totals import RoutingTotals
 from .run_log import RunLog
 from .schedule import lr_multiplier
+from .signals import stop_signal
+from .timing import Timing
 
 LOSSES = ("train/loss", "train/task_loss", "train/aux_loss")
 
@@ -46,8 +49,13 @@ class TrainingLoop:
         sampler: the training sequences.
         bits_per_nat: turns the task loss into bits per symbol of the training split.
         validate: called with the step; logs a validation. Collective.
+        probe: called with the step; looks into the SMoE layers. Collective.
         save: called after a step; writes a checkpoint of `state`. Collective.
+        settle: called after every step; completes a checkpoint that is being written behind training. Collective.
         flops_per_token, peak_flops: for MFU; the peak is of one process' device, None where unknown.
+
+    Attributes:
+        signalled: whether a signal to some process has stopped it; the same on all processes.
     """
 
     config: RunConfig
@@ -56,11 +64,15 @@ class TrainingLoop:
     sampler: WindowSampler
     state: TrainingState
     log: RunLog
+    timing: Timing
     bits_per_nat: float
     validate: Callable[[int], None]
+    probe: Callable[[int], None]
     save: Callable[[], None]
+    settle: Callable[[], None] = lambda: None
     flops_per_token: float = 0.0
     peak_flops: float | None = None
+    signalled: bool = False
     _routing: RoutingTotals = field(default_factory=RoutingTotals)
     _interval: list[list[float]] = field(default_factory=list)  # losses of each step since the last log event
     _interval_seconds: float = 0.0
@@ -68,7 +80,7 @@ class TrainingLoop:
     _started: float = field(default_factory=time.monotonic)
 
     def run(self) -> bool:
-        """Train; True when the last step is done, False when the time was up before.
+        """Train; True when the last step is done, False when the time was up or a signal came before.
 
         Raises:
             TrainingError: the loss or the gradient is not finite. No checkpoint is written then.
@@ -77,7 +89,8 @@ class TrainingLoop:
         self.engine.train()
         while self.state.step < steps and not stop:
             begin = time.monotonic()
-            stop = self._step()
+            with self.timing.step(self.state.step + 1):
+                stop = self._step()
             seconds = time.monotonic() - begin
             self.state.seconds += seconds
             self._interval_seconds += seconds
@@ -87,17 +100,25 @@ class TrainingLoop:
 
     def _after_step(self, stop: bool) -> None:
         step, last = self.state.step, self.state.step == self.config.training.steps
+        self.settle()
         save = _due(step, self.config.checkpoint.every) or last or stop
         # A log event averages over the steps since the one before. With one at every checkpoint, no
         # average spans an interruption.
         if _due(step, self.config.logging.every) or step == 1 or save:
             self._require_finite_gradient()
             self._log_event()
+        if _due(step, self.config.probe.every) or (last and self.config.probe.every):
+            self._require_finite_gradient()
+            with self.timing.occasion("probe"):
+                self.probe(step)
+            self.engine.train()
         if _due(step, self.config.evaluation.every) or last:
-            self.validate(step)
+            with self.timing.occasion("evaluation"):
+                self.validate(step)
             self.engine.train()
         if save:
-            self.save()
+            with self.timing.occasion("checkpoint"):
+                self.save()
 
     def _step(self) -> bool:
         """One optimizer step; True when a process asks to stop."""
@@ -108,16 +129,21 @@ class TrainingLoop:
         losses: list[Tensor] = []
         routing: list[tuple[LayerStatistics, ...]] = []
         for index in range(accumulation):
-            output = self._forward(index)
-            self.engine.backward(output.loss)
+            with self.timing.micro_batch(self.state.step + 1, index):
+                output = self._forward(index)
+                with self.timing.phase("backward"):
+                    self.engine.backward(output.loss)
             losses.append(torch.stack([loss.detach().float() for loss in _losses(output)]))
             if output.routing:
                 routing.append(tuple(layer._replace(loss=layer.loss.detach()) for layer in output.routing))
                 self._routing.add(routing[-1])
+                self.timing.add(routing[-1])
             if index == accumulation - 1:
-                stop = self._agree(losses)
+                with self.timing.phase("wait"):
+                    stop = self._agree(losses)
             del output
-            self.engine.step()
+            with self.timing.phase("step"):
+                self.engine.step()
         self._unchecked_norm = self.engine.get_global_grad_norm()
         self.engine.module.update_routers(routing)
         self.state.step += 1
@@ -128,11 +154,13 @@ class TrainingLoop:
     def _forward(self, index: int) -> Any:
         """Forward pass of this process' micro-batch with this accumulation index."""
         rank, world = self.processes.rank, self.processes.world_size
+        part = SequencePart.of(rank, world, self.config.training.sequence_parallel)
         size = self.config.micro_batch(world)
-        first = microbatch_start(self.state.samples, size, rank, world, index)
-        tokens_BS = torch.from_numpy(self.sampler.batch(first, size))
-        if self.processes.device.type == "cuda":
-            tokens_BS = tokens_BS.pin_memory().to(self.processes.device, non_blocking=True)
+        first = microbatch_start(self.state.samples, size, part.group, part.groups, index)
+        with self.timing.phase("data"):
+            tokens_BS = torch.from_numpy(self.sampler.batch(first, size))
+            if self.processes.device.type == "cuda":
+                tokens_BS = tokens_BS.pin_memory().to(self.processes.device, non_blocking=True)
         context = RoutingContext(
             seed=self.config.seed,
             step=self.state.step,
@@ -140,9 +168,15 @@ class TrainingLoop:
             microbatch=index * world + rank,
         )
         torch.manual_seed(_dropout_seed(context))
-        return self.engine(
-            input_ids=tokens_BS[:, :-1], shift_labels=tokens_BS[:, 1:].contiguous(), context=context, use_cache=False
-        )
+        inputs_BS, labels_BS = tokens_BS[:, :-1], tokens_BS[:, 1:].contiguous()
+        positions: dict[str, Tensor] = {}
+        if part.size > 1:
+            positions["position_ids"] = part.positions(inputs_BS.shape[1], inputs_BS.device).expand(size, -1)
+            inputs_BS, labels_BS = part.cut(inputs_BS), part.cut(labels_BS)
+        with self.timing.phase("forward"):
+            return self.engine(
+                input_ids=inputs_BS, shift_labels=labels_BS, context=context, use_cache=False, **positions
+            )
 
     def _agree(self, losses: list[Tensor]) -> bool:
         """Mean losses of the step over all processes, kept for the log; True when a process asks to stop.
@@ -154,16 +188,17 @@ class TrainingLoop:
         limit = self.config.training.stop_after_minutes
         asks = limit is not None and time.monotonic() - self._started > 60 * limit
         total = torch.stack(losses).mean(0).double()
-        total = torch.cat([total, total.new_tensor([float(asks)])])
+        total = torch.cat([total, total.new_tensor([float(asks), float(stop_signal() is not None)])])
         if self.processes.world_size > 1:
             dist.all_reduce(total)
-        *mean, stop = (total / self.processes.world_size).tolist()
+        *mean, late, signalled = (total / self.processes.world_size).tolist()
         self._require_finite_gradient()
         if not math.isfinite(mean[0]):
             cause = find_cause(self.engine.module, [loss[0] for loss in losses], self._forward)
             raise TrainingError(self._stopped(self.state.step + 1, cause))
         self._interval.append(mean)
-        return stop > 0
+        self.signalled = signalled > 0
+        return late > 0 or self.signalled
 
     def _require_finite_gradient(self) -> None:
         """Of the step before, if that has not been looked at."""
@@ -200,8 +235,7 @@ class TrainingLoop:
         if config.training.precision == "fp16":
             values["loss_scale"] = float(self.engine.optimizer.cur_scale)
             values["skipped_steps"] = self.engine.skipped_steps
-        if self.processes.device.type == "cuda":
-            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        values |= self.timing.figures(steps, self._interval_seconds)
         values |= {"samples": self.state.samples, "tokens": self.state.tokens, "seconds": self.state.seconds}
         self.log.training(self.state.step, values, self._routing.reduce())
         self._interval, self._interval_seconds = [], 0.0

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from s2moe.config.run import RunConfig
+from s2moe.data import CorpusError
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.sizes import ModelSizes, model_sizes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "fp16": 2}  # bf16 gradients are added up in float32, see deepspeed_config
+UNSHARDED_BF16_GRADIENTS = 2  # ZeRO 1 holds the last micro-batch's beside them, until all are added
 OPTIMIZER_BYTES = 12  # float32 master copy and Adam's two moments, of the parameters a process updates
 
 
@@ -38,15 +40,26 @@ def memory_per_process(
     optimizer's, 2: gradients too, 3: weights too).
     """
 
+    unsharded_gradient = GRADIENT_BYTES[precision] + (UNSHARDED_BF16_GRADIENTS if precision == "bf16" else 0)
+
     def of(parameters: int, held_by: int) -> MemoryPerProcess:
         local, sharded = parameters / held_by, parameters / world_size
         return MemoryPerProcess(
             weights=BYTES[precision] * (sharded if zero_stage >= 3 else local),
-            gradients=GRADIENT_BYTES[precision] * (sharded if zero_stage >= 2 else local),
+            gradients=GRADIENT_BYTES[precision] * sharded if zero_stage >= 2 else unsharded_gradient * local,
             optimizer=OPTIMIZER_BYTES * sharded,
         )
 
     return of(dense, 1), of(experts, expert_parallel)
+
+
+def vocabulary(config: RunConfig) -> tuple[int, str]:
+    """Symbols that the run's model will have, and a note where the corpus is not there to tell (else empty)."""
+    try:
+        return config.data.open().metadata.vocab_size, ""
+    except CorpusError as error:
+        size = config.model["vocab_size"] or 256
+        return size, f"note: counting with a vocabulary of {size}: {error}"
 
 
 def plan(config: RunConfig, model_config: S2MoEConfig, world_size: int) -> str:

@@ -14,6 +14,7 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from s2moe.config.options import ConfigError
 from s2moe.parallel import deepspeed_compat
 
-from .errors import ProcessError
+from .errors import LostProcessError, ProcessError
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,16 @@ class Processes:
         return self.rank == 0
 
 
-def start_processes() -> Processes:
+def start_processes(timeout_minutes: float = 30.0) -> Processes:
     """Join the run's process group (NCCL with GPUs, gloo without) and pick this process' device.
+
+    Args:
+        timeout_minutes: for the others to join, and then, at half as much again, of every collective: the watchdog,
+            which knows more, comes first.
 
     Raises:
         ProcessError: more processes on this machine than GPUs.
+        LostProcessError: not all processes joined in time.
     """
     import deepspeed
 
@@ -59,7 +65,15 @@ def start_processes() -> Processes:
         if "OMP_NUM_THREADS" not in os.environ:
             on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
-    deepspeed_compat.init_distributed("nccl" if on_gpu else "gloo")
+    try:
+        deepspeed_compat.init_distributed("nccl" if on_gpu else "gloo", timedelta(minutes=1.5 * timeout_minutes))
+    except dist.DistError as error:  # a store that nobody answers at, or too few joined
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LostProcessError(
+            f"the {world_size} processes did not all meet at {address} (MASTER_ADDR, MASTER_PORT) in time: "
+            f"{' '.join(str(error).split())[:300]}. Look at the output of those that are missing, or whether a "
+            "firewall is between them"
+        ) from error
     return Processes(rank, local_rank, world_size, device)
 
 
@@ -95,9 +109,14 @@ def keep_freed_memory() -> None:
     mallopt(mmap_threshold, 32 * 2**20)
 
 
-def stop_processes() -> None:
-    """Leave the process group, so that a finished run ends without warnings."""
+def stop_processes(together: bool = False) -> None:
+    """Leave the process group, so that a finished run ends without warnings.
+
+    `together`: when all processes have come here. A launcher that sees one end with a status ends the others.
+    """
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
 
 
@@ -117,18 +136,29 @@ def slurm_process(environment: MutableMapping[str, str]) -> dict[str, str]:
     """This process in the usual variables, from those that srun sets for every task of a job step.
 
     All tasks derive the same address: the first host, and a port from the job's number, so that two
-    jobs on one machine do not meet.
+    jobs on one machine do not meet; below 32768, where Linux gives no connection a port by itself. A batch
+    script that has looked for a free one sets MASTER_ADDR and MASTER_PORT. The elements of a job array have
+    job numbers of their own.
     """
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
-    job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job, step, node = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "NODEID"))
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS", "1"),
-        "LOCAL_WORLD_SIZE": (environment.get("SLURM_STEP_TASKS_PER_NODE") or "1").partition("(")[0].partition(",")[0],
+        "LOCAL_WORLD_SIZE": str(tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE") or "1", node)),
         "MASTER_ADDR": first_host(hosts),
-        "MASTER_PORT": str(20000 + (7 * job + step) % 30000),
+        "MASTER_PORT": str(10000 + (7 * job + step) % 20000),
     }
+
+
+def tasks_of_node(tasks: str, node: int) -> int:
+    """Tasks on a node of a job step, from Slurm's list: `8(x2),4` is 8 for the nodes 0 and 1, 4 for node 2."""
+    counts: list[int] = []
+    for part in tasks.split(","):
+        count, _, repeated = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeated or "1")
+    return counts[min(node, len(counts) - 1)]
 
 
 def first_host(nodelist: str) -> str:

@@ -29,6 +29,8 @@ def report(config: RunConfig, result: Result) -> str:
         f"{format_seconds(result.state.seconds)} of training",
         comparison(corpus, config.data.train, config.data.validation, result.score),
     ]
+    if result.timing:
+        parts.append(result.timing)
     if config.logging.sample_tokens:
         try:
             text = sample(result.hf, corpus, config.logging.sample_prompt, config.logging.sample_tokens, config.seed)

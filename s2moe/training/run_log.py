@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ class RunLog:
         """A log event of a validation."""
         self._write(step, values)
         self.say(f"step {step}: {format_figures(values)}")
+
+    def probe(self, step: int, values: dict[str, Any], matrices: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """A log event of a probe: its figures, and matrices as pictures for TensorBoard alone."""
+        self._write(step, values)
+        if self._tensorboard is not None:
+            self._tensorboard.matrices(step, matrices)
 
     def say(self, text: str) -> None:
         """Tell the person at the console something."""

@@ -3,25 +3,97 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from s2moe.config import ConfigError
-from s2moe.data import Corpus, TokenStream
+from s2moe.data import Corpus, TokenStream, corrupt
+from s2moe.models import S2MoEForCausalLM
 
-from .checkpoint import find_latest
+from .checkpoint import Checkpoint, find_latest, verify
 from .evaluation import Protocol, evaluate
 from .export import HF_DIRECTORY, require_replaceable, write_hf
-from .weights import checkpoint_config, checkpoint_state, find_weights, load_weights
+from .reshape import reshape
+from .weights import Weights, checkpoint_config, checkpoint_state, find_weights, load_weights
 
 NEWLINE = 10
 
 
 def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
     """Score a split as `launcher/evaluate.py` was asked to; the figures and everything they depend on.
+
+    Raises:
+        ConfigError, CorpusError: weights or corpus not found, or not made for each other.
+    """
+    loaded = load_model_and_split(options)
+    corpus, stream, weights, model = loaded.corpus, loaded.stream, loaded.weights, loaded.model
+    protocol = protocol_of(options, model)
+    contaminated = contaminate(options, corpus, stream)
+    try:
+        score = evaluate(model, stream, corpus.metadata.vocab_size, protocol, loaded.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    corruption = None
+    if contaminated is not None:
+        attacked = evaluate(model, stream, corpus.metadata.vocab_size, protocol, loaded.device, contaminated)
+        read = slice(protocol.max_symbols)
+        corruption = {
+            "kind": options.corrupt,
+            "rate": options.rate,
+            "seed": options.corrupt_seed,
+            "bpc": attacked.bits_per_symbol,
+            "bpc_increase": attacked.bits_per_symbol - score.bits_per_symbol,
+            "perplexity": attacked.perplexity,
+            "changed": float(np.mean(contaminated[read] != stream[read])),
+        }
+    return {
+        "bpc": score.bits_per_symbol,
+        "nats_per_token": score.nats / score.tokens,
+        "perplexity": score.perplexity,
+        "symbols": score.symbols,
+        "symbol": "character" if corpus.metadata.symbol == "byte" else corpus.metadata.symbol,
+        "corpus": corpus.name,
+        "split": options.split,
+        "protocol": options.protocol,
+        "context": options.context if options.protocol == "sliding" else None,
+        "segment": options.segment if options.protocol == "sliding" else None,
+        "attention_window": protocol.attention_window,
+        "newlines_dropped": options.drop_newlines,
+        "experts_per_token": options.experts_per_token or model.config.moe_config().experts_per_token,
+        "weights": weights.description,
+        "corruption": corruption,
+    }
+
+
+def contaminate(options: argparse.Namespace, corpus: Corpus, stream: TokenStream) -> NDArray[Any] | None:
+    """What the model is to read in place of the stream's tokens, where `--corrupt` asks for it.
+
+    Raises:
+        CorpusError: if the corruption makes no sense for this corpus.
+    """
+    if options.corrupt is None:
+        return None
+    return corrupt(stream.tokens, corpus.tokenizer, options.corrupt, options.rate, options.corrupt_seed)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an evaluation works on, found and checked against one another. The model is on the device."""
+
+    corpus: Corpus
+    stream: TokenStream
+    weights: Weights
+    model: S2MoEForCausalLM
+    device: torch.device
+
+
+def load_model_and_split(options: argparse.Namespace) -> Loaded:
+    """Load what `launcher/evaluate.py` was given.
 
     Raises:
         ConfigError, CorpusError: weights or corpus not found, or not made for each other.
@@ -48,8 +120,13 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
     moe = config.moe_config()
     if options.experts_per_token is not None and not 1 <= options.experts_per_token <= moe.num_experts:
         raise ConfigError(f"--experts-per-token must lie in 1..{moe.num_experts}, got {options.experts_per_token}")
-    window = config.max_position_embeddings if options.attention_window is None else options.attention_window
-    protocol = Protocol(
+    return Loaded(corpus, stream, weights, model.to(device), device)
+
+
+def protocol_of(options: argparse.Namespace, model: S2MoEForCausalLM) -> Protocol:
+    """How `launcher/evaluate.py` was asked to score."""
+    window = model.config.max_position_embeddings if options.attention_window is None else options.attention_window
+    return Protocol(
         options.protocol,
         options.context,
         options.segment,
@@ -58,26 +135,6 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
         window or None,
         options.experts_per_token,
     )
-    try:
-        score = evaluate(model.to(device), stream, corpus.metadata.vocab_size, protocol, device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return {
-        "bpc": score.bits_per_symbol,
-        "nats_per_token": score.nats / score.tokens,
-        "perplexity": score.perplexity,
-        "symbols": score.symbols,
-        "symbol": "character" if corpus.metadata.symbol == "byte" else corpus.metadata.symbol,
-        "corpus": corpus.name,
-        "split": options.split,
-        "protocol": options.protocol,
-        "context": options.context if options.protocol == "sliding" else None,
-        "segment": options.segment if options.protocol == "sliding" else None,
-        "attention_window": window or None,
-        "newlines_dropped": options.drop_newlines,
-        "experts_per_token": options.experts_per_token or moe.experts_per_token,
-        "weights": weights.description,
-    }
 
 
 def find_device(name: str | None) -> torch.device:
@@ -105,15 +162,31 @@ def without_newlines(corpus: Corpus, stream: TokenStream) -> TokenStream:
     return TokenStream(stream.name, kept, len(kept))
 
 
+def reshape_checkpoint(source: Path, target: Path | None) -> Path:
+    """Rewrite a run's newest checkpoint, or the given one, so that it can be continued in any shape: see reshape.py.
+
+    Raises:
+        ConfigError: no checkpoint, or `target` holds something.
+    """
+    return reshape(_checkpoint_of(source), target)
+
+
+def _checkpoint_of(source: Path) -> Checkpoint:
+    """The newest checkpoint of a run, or the given one, its files compared with their checksums."""
+    checkpoint = find_latest(source / "checkpoints") or find_weights(source).checkpoint
+    if checkpoint is None:
+        raise ConfigError(f"{find_weights(source).description} is no checkpoint, but a Hugging Face directory already")
+    verify(checkpoint)
+    return checkpoint
+
+
 def export_checkpoint(source: Path, target: Path | None, data: Path | None) -> Path:
     """Write a run's newest checkpoint, or the given one, as a Hugging Face directory.
 
     Raises:
         ConfigError, CorpusError: no checkpoint, its corpus is not to be found, or `target` holds something else.
     """
-    checkpoint = find_latest(source / "checkpoints") or find_weights(source).checkpoint
-    if checkpoint is None:
-        raise ConfigError(f"{find_weights(source).description} is a Hugging Face directory already: copy it")
+    checkpoint = _checkpoint_of(source)
     run_directory = checkpoint.path.parent.parent
     target = target or run_directory / HF_DIRECTORY
     require_replaceable(target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,23 @@ class TensorBoard:
             picture = heat_map([layer.load_E for layer in layers])
             self._writer.add_image("load/heat_map", picture, step, dataformats="HWC")
 
+    def matrices(self, step: int, matrices: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """A picture of each matrix by its name: cosines from -1 to 1, all others from 0 to 1."""
+        for name, matrix in matrices.items():
+            picture = heat_map(matrix, -1.0 if name.endswith("cosine") else 0.0, 1.0)
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()
 
 
-def heat_map(loads: Sequence[Sequence[float]]) -> NDArray[np.uint8]:
-    """RGB picture [layers * CELL, experts * CELL, 3]: dark is no load, green (the middle) the mean, yellow twice it."""
-    position = np.clip(np.array(loads) / 2, 0, 1) * (len(_COLOURS) - 1)
+def heat_map(values: Sequence[Sequence[float]], low_end: float = 0.0, high_end: float = 2.0) -> NDArray[np.uint8]:
+    """RGB picture [rows * CELL, columns * CELL, 3], from dark (``low_end``, or not a number) to yellow (``high_end``).
+
+    Of loads, layers downwards: dark is no load, green (the middle) the mean, yellow twice it.
+    """
+    part_of_range = (np.nan_to_num(np.array(values), nan=low_end) - low_end) / (high_end - low_end)
+    position = np.clip(part_of_range, 0, 1) * (len(_COLOURS) - 1)
     low = np.minimum(position.astype(int), len(_COLOURS) - 2)
     part = (position - low)[..., None]
     colour = _COLOURS[low] * (1 - part) + _COLOURS[low + 1] * part

@@ -11,7 +11,6 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from s2moe.data import load_tokenizer
 from s2moe.data.tokenizer_base import TOKENIZER_FILE
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
-from s2moe.parallel.deepspeed_compat import to_universal
+from s2moe.parallel.deepspeed_compat import REST, CheckpointFileError, load_file, to_universal, universal_weights
 
 from .checkpoint import MANIFEST, Checkpoint, find_latest, open_checkpoint
 from .engine import DTYPES
@@ -109,15 +108,37 @@ def checkpoint_config(checkpoint: Checkpoint) -> S2MoEConfig:
 
 
 def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The whole model's state dict out of a checkpoint's files, in the precision of the run."""
-    if checkpoint.state.zero_stage == 3:
-        dtype = DTYPES[checkpoint.state.precision]  # the files hold the optimizer's float32 copy
-        state = {name: tensor.to(dtype) for name, tensor in _partitioned_weights(checkpoint.path).items()}
-        return state | _buffers(checkpoint.path)
-    state = _load(checkpoint.path / "mp_rank_00_model_states.pt")["module"]
+    """The whole model's state dict out of a checkpoint's files, in the precision of the run.
+
+    Raises:
+        ConfigError: a file is not what a checkpoint's file may be.
+    """
+    dtype = DTYPES[checkpoint.state.precision]
+    try:
+        if checkpoint.universal:
+            return _universal_state(checkpoint.path, dtype)
+        if checkpoint.state.zero_stage == 3:  # every process' file holds slices of all weights
+            with tempfile.TemporaryDirectory(prefix=".tmp-universal-", dir=checkpoint.path.parent) as folder:
+                to_universal(checkpoint.path, Path(folder))
+                return _universal_state(Path(folder), dtype)
+        return _file_state(checkpoint.path)
+    except CheckpointFileError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _universal_state(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The universal form holds the optimizer's float32 copy of what is trained."""
+    return {name: tensor.to(dtype, copy=True) for name, tensor in universal_weights(path)} | load_file(
+        path / REST, mmap=False
+    )
+
+
+def _file_state(path: Path) -> dict[str, Tensor]:
+    """ZeRO 1 and 2: one file for the model without its experts, and one for each expert of each layer."""
+    state = load_file(path / "mp_rank_00_model_states.pt", mmap=False)["module"]
     experts: dict[str, dict[int, Tensor]] = {}
-    for file in checkpoint.path.glob("layer_*_expert_*_mp_rank_00_model_states.pt"):
-        for key, tensor in _load(file).items():
+    for file in path.glob("layer_*_expert_*_mp_rank_00_model_states.pt"):
+        for key, tensor in load_file(file, mmap=False).items():
             match = _EXPERT_KEY.fullmatch(key)
             if match:
                 experts.setdefault(match[1], {})[int(match[2])] = tensor
@@ -126,45 +147,8 @@ def checkpoint_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return state
 
 
-def _partitioned_weights(path: Path) -> dict[str, Tensor]:
-    """ZeRO-3: every process' file holds slices of all weights; DeepSpeed's converter puts them together."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-universal-", dir=path.parent) as folder:
-        to_universal(path, Path(folder))
-        shapes = {}
-        for group in _first_rank(path)["param_shapes"]:
-            shapes.update(group)
-        state = {}
-        for file in sorted(Path(folder, "zero").glob("*/fp32.pt")):
-            tensor = _load(file)
-            state[file.parent.name] = tensor["param"] if isinstance(tensor, dict) else tensor
-        return {name: _shaped(name, tensor, shapes) for name, tensor in state.items()}
-
-
-def _buffers(path: Path) -> dict[str, Tensor]:
-    first = _first_rank(path)
-    return {name: tensor for name, tensor in first["module"].items() if name in set(first["buffer_names"])}
-
-
-def _first_rank(path: Path) -> dict[str, Any]:
-    return _load(min(path.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")))
-
-
-def _shaped(name: str, tensor: Tensor, shapes: dict[str, Any]) -> Tensor:
-    """The converter leaves dense weights flat; experts come whole, [E, ., .], though each file holds [L, ., .]."""
-    shape = tuple(shapes[name])
-    return tensor.reshape(-1, *shape[1:]) if _is_expert(name) else tensor.reshape(shape)
-
-
-def _is_expert(name: str) -> bool:
-    return re.fullmatch(r".*\.experts\.w[123]", name) is not None
-
-
 def _step_of(hf: Path) -> int:
     try:
         return int(json.loads((hf / ORIGIN_FILE).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError):
         return 0
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)

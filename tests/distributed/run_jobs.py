@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from s2moe.config import load
 from s2moe.config.run import RunConfig
-from s2moe.training import checkpoint
+from s2moe.training import checkpoint, writing
 from s2moe.training.processes import Processes
 from s2moe.training.run import pretrain
 
@@ -69,7 +69,7 @@ def killing(target: Any, name: str, call: int, after: bool) -> Any:
 
 PLACES = {
     "torch.save": (torch, "save"),
-    "engine files synced": (checkpoint, "_sync"),
+    "engine files synced": (writing, "sync"),
     "manifest": (checkpoint, "_write_manifest"),
     "rename": (os, "rename"),
     "old one removed": (checkpoint, "_remove"),
@@ -92,6 +92,19 @@ def run(
             with killing(*PLACES[place], call, after):
                 return outcome(pretrain(config, processes))
     return outcome(pretrain(config, processes))
+
+
+def run_until_the_disk_is_full(corpus: str, output: str, settings: dict[str, Any]) -> None:
+    """``run``, where rank 1 cannot bring the files of the checkpoint of step 6 to the disk."""
+    original = writing.sync
+
+    def sync(path: Path) -> None:
+        if dist.get_rank() == 1 and "step-6" in str(path):
+            raise OSError(28, os.strerror(28))
+        original(path)
+
+    with mock.patch.object(writing, "sync", sync):
+        run(corpus, output, settings, None, 0)
 
 
 def outcome(result: Any) -> dict[str, Any]:

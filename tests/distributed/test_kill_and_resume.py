@@ -119,10 +119,9 @@ def test_killed_at_random_moments_until_done(corpus: str, uninterrupted: Path, t
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("settings", [{"training.expert_parallel": 1}, {"training.zero_stage": 2}, {"seed": 2}])
-def test_another_shape_is_refused(corpus: str, uninterrupted: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(DistributedError, match=r"cannot continue from .*step-00000012: .* was .*, is "):
-        run(corpus, uninterrupted, settings)
+def test_another_run_is_refused(corpus: str, uninterrupted: Path) -> None:
+    with pytest.raises(DistributedError, match=r"cannot continue from .*step-00000012: seed was 1, is 2"):
+        run(corpus, uninterrupted, {"seed": 2})
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(corpus: str, uninterrupted: Path, tmp_path: Path) -> None:
@@ -134,3 +133,42 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(corpus: str, unint
     assert run_jobs.checkpoints_of(tmp_path) == ["step-00000006"]
     assert run(corpus, tmp_path, {})["finished"]
     assert_same_run(tmp_path, uninterrupted)
+
+
+# --- written behind training -----------------------------------------------------------------------------
+
+BEHIND = {"checkpoint.asynchronous": True}
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "victim"),
+    [("engine files synced", 9, 1), pytest.param("manifest", 2, 0, marks=pytest.mark.slow)],
+)
+def test_killed_while_writing_behind_training(
+    corpus: str, uninterrupted: Path, tmp_path: Path, place: str, call: int, victim: int
+) -> None:
+    with pytest.raises(DistributedError, match="exit code -9"):
+        run(corpus, tmp_path, BEHIND, (place, call, False), victim)
+    assert run_jobs.checkpoints_of(tmp_path) == ["step-00000003"]
+    assert run(corpus, tmp_path, {**BEHIND, "checkpoint.resume": "must"})["finished"]
+    assert_same_run(tmp_path, uninterrupted)
+    assert run_jobs.checkpoints_of(tmp_path) == ["step-00000009", "step-00000012"]
+
+
+def test_a_full_disk_behind_training_ends_the_run_on_all_ranks(corpus: str, tmp_path: Path) -> None:
+    message = r"(?s)rank 0: raised.*TrainingError: cannot write the checkpoint step-6: .*No space left.*rank 1: raised"
+    with pytest.raises(DistributedError, match=message):
+        run_distributed(run_jobs.run_until_the_disk_is_full, 2, corpus, str(tmp_path), BEHIND)
+    assert run_jobs.checkpoints_of(tmp_path) == ["step-00000003"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_written_behind_training_it_is_the_same_run(corpus: str, tmp_path: Path, stage: int) -> None:
+    settings = {"training.zero_stage": stage}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(corpus, whole, settings)
+    assert run(corpus, parts, {**settings, **BEHIND, "training.stop_after_minutes": 1e-9})["step"] == 1
+    assert run(corpus, parts, {**settings, **BEHIND, "checkpoint.resume": "must"})["finished"]
+    assert_same_run(parts, whole)

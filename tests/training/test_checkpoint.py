@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import shutil
+import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from s2moe.config import ConfigError
-from s2moe.training import checkpoint
-from s2moe.training.checkpoint import TrainingState, find_latest, open_checkpoint, remove_temporary, require_same, save
+from s2moe.parallel.deepspeed_compat import CheckpointFileError, load_file
+from s2moe.training import checkpoint, writing
+from s2moe.training.checkpoint import (
+    Saver,
+    TrainingState,
+    find_latest,
+    open_checkpoint,
+    remove_temporary,
+    require_same,
+    save,
+    verify,
+)
 from s2moe.training.errors import TrainingError
 
 
@@ -167,11 +182,8 @@ def state(**changes: Any) -> TrainingState:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"world_size": 4}, "the number of processes was 1, is 4"),
-        ({"expert_parallel": 2}, "training.expert_parallel was 1, is 2"),
-        ({"zero_stage": 3}, "training.zero_stage was 1, is 3"),
         ({"precision": "bf16"}, "training.precision was fp32, is bf16"),
-        ({"seed": 9}, "seed was 0, is 9"),
+        ({"world_size": 4, "seed": 9}, "step-00000001: seed was 0, is 9"),  # another shape is no obstacle
         ({"corpus": "tiny:2"}, "the training data was tiny:1, is tiny:2"),
         (
             {"config": {"model": {"hidden_size": 48}, "training": {"sequence_length": 64}}},
@@ -197,3 +209,131 @@ def test_more_steps_are_allowed(tmp_path: Path) -> None:
     saved = find_latest(tmp_path)
     assert saved is not None
     require_same(saved, state(config={"model": {"hidden_size": 32}, "training": {"sequence_length": 64, "steps": 9}}))
+
+
+# --- checksums -----------------------------------------------------------------------------------------
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["b.pt", "part/a.pt"])
+def test_a_changed_bit_is_found_and_the_file_named(tmp_path: Path, name: str) -> None:
+    path = save(FakeEngine(), tmp_path, TrainingState(step=7), keep=1)
+    verify(open_checkpoint(path))
+    flip(path / name, 3)
+    saved = open_checkpoint(path)  # the size is right
+    seen: list[None] = []
+    with pytest.raises(ConfigError, match=f"step-00000007 is damaged: {name} has not the content that was written"):
+        verify(saved, lambda: seen.append(None))
+    assert len(seen) == 2
+
+
+def test_a_changed_bit_anywhere_in_the_manifest_is_found(tmp_path: Path) -> None:
+    path = save(FakeEngine(), tmp_path, state(step=1), keep=1)
+    manifest = path / "manifest.json"
+    intact = manifest.read_bytes()
+    for place in range(0, len(intact), 3):
+        flip(manifest, place)
+        with pytest.raises(ConfigError, match="damaged"):
+            open_checkpoint(path)
+        manifest.write_bytes(intact)
+
+
+def test_a_checkpoint_older_than_checksums_is_taken(tmp_path: Path) -> None:
+    path = save(FakeEngine(), tmp_path, state(step=1), keep=1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({key: manifest[key] for key in ("files", "state")}))
+    old = open_checkpoint(path)
+    assert (old.state, old.digests) == (state(step=1), None)
+    verify(old)
+
+
+# --- files that would run code -------------------------------------------------------------------------
+
+
+class Trap:
+    """Pickled, it creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle"])
+def test_a_file_that_would_run_code_is_not_loaded(tmp_path: Path, kind: str) -> None:
+    file, sprung = tmp_path / "a.pt", tmp_path / "sprung"
+    content = OrderedDict(module={"weight": torch.ones(3)}, trap=Trap(sprung))
+    if kind == "zip":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointFileError, match=r"a.pt is not loaded, as it is not a plain checkpoint file"):
+        load_file(file)
+    assert not sprung.exists()
+
+
+# --- behind training -----------------------------------------------------------------------------------
+
+
+class SlowDisk:
+    """Files are on the disk when it is let go; then it may be full."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, full: bool = False) -> None:
+        self.go, self.full = threading.Event(), full
+        monkeypatch.setattr(writing, "sync", self.sync)
+
+    def sync(self, path: Path) -> None:
+        assert self.go.wait(60)
+        if self.full:
+            raise OSError(28, "No space left on device")
+
+
+def test_behind_training_a_checkpoint_appears_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, saver = SlowDisk(monkeypatch), Saver(FakeEngine(), tmp_path, keep=1, asynchronous=True)
+    current = TrainingState(step=1)
+    saver.save(current)
+    current.step = 2  # training goes on
+    saver.settle()
+    assert find_latest(tmp_path) is None
+    disk.go.set()
+    saver.settle(wait=True)
+    latest = find_latest(tmp_path)
+    assert latest is not None
+    assert latest.state.step == 1
+    verify(latest)
+    assert torch.load(latest.path / "b.pt") == b"b"
+    saver.save(current)
+    saver.settle(wait=True)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_behind_training_one_checkpoint_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, saver = SlowDisk(monkeypatch), Saver(FakeEngine(), tmp_path, keep=2, asynchronous=True)
+    saver.save(TrainingState(step=1))
+    threading.Timer(0.3, disk.go.set).start()
+    saver.save(TrainingState(step=2))  # waits for the first
+    assert names(tmp_path)[-1] == "step-00000001"
+    saver.settle(wait=True)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_behind_training_a_full_disk_ends_the_run_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
+    disk, saver = SlowDisk(monkeypatch, full=True), Saver(FakeEngine(), tmp_path, keep=1, asynchronous=True)
+    saver.save(TrainingState(step=2))
+    saver.settle()
+    disk.go.set()
+    with pytest.raises(TrainingError, match=r"cannot write the checkpoint step-2: .*No space left"):
+        saver.settle(wait=True)
+    assert names(tmp_path) == ["step-00000001"]
+    saver.settle(wait=True)  # which is over

@@ -41,13 +41,16 @@ def test_totals_add_counts_and_average_figures() -> None:
 
 def test_load_figures() -> None:
     even = load_figures([5.0] * 4)
-    assert even == {"load_entropy": 1.0, "max_violation": 0.0, "load_cv": 0.0, "min_load": 1.0, "dead_experts": 0.0}
+    ones = dict.fromkeys(("load_entropy", "load_perplexity", "min_load", "max_load"), 1.0)
+    assert even == pytest.approx(ones | dict.fromkeys(("max_violation", "load_cv", "dead_experts"), 0.0))
     skewed = load_figures([6.0, 2.0, 0.0, 0.0])
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
     assert skewed == pytest.approx(
         {
             "load_entropy": entropy,
+            "load_perplexity": 4**entropy / 4,
             "max_violation": 2.0,
+            "max_load": 3.0,
             "load_cv": math.sqrt((4 + 0 + 1 + 1) / 4),
             "min_load": 0.0,
             "dead_experts": 0.5,
@@ -110,11 +113,14 @@ def test_peaks() -> None:
 
 
 def test_memory_is_dealt_out_as_zero_and_expert_parallelism_do() -> None:
-    """8 processes, experts over 4 of them: each expert is held by 2. A gradient is kept in float32, 4 bytes."""
-    for stage, weights, gradients in ((1, 2 * 800, 4 * 800), (2, 2 * 800, 4 * 100), (3, 2 * 100, 4 * 100)):
+    """8 processes, experts over 4 of them: each expert is held by 2. A gradient is kept in float32, 4 bytes.
+
+    At stage 1 the last one lives in bf16 beside it.
+    """
+    for stage, weights, gradients in ((1, 2 * 800, 6 * 800), (2, 2 * 800, 4 * 100), (3, 2 * 100, 4 * 100)):
         dense, _ = memory_per_process(800, 3200, 8, 4, stage, "bf16")
         assert (dense.weights, dense.gradients, dense.optimizer) == (weights, gradients, 12 * 100)
-    for stage, weights, gradients in ((1, 2 * 800, 4 * 800), (2, 2 * 800, 4 * 400), (3, 2 * 400, 4 * 400)):
+    for stage, weights, gradients in ((1, 2 * 800, 6 * 800), (2, 2 * 800, 4 * 400), (3, 2 * 400, 4 * 400)):
         _, experts = memory_per_process(800, 3200, 8, 4, stage, "bf16")
         assert (experts.weights, experts.gradients, experts.optimizer) == (weights, gradients, 12 * 400)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_train_then_evaluate_then_export(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "tiny"
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
 
-    def evaluate(*arguments: str) -> dict[str, object]:
+    def evaluate(*arguments: str) -> dict[str, Any]:
         common = ("--checkpoint", str(run), "--data", str(tmp_path / "data"))
         answer = start(*common, *arguments, cwd=tmp_path, script="evaluate")
         assert answer.returncode == 0, answer.stderr
@@ -93,6 +94,13 @@ def test_train_then_evaluate_then_export(tmp_path: Path) -> None:
     more = evaluate("--experts-per-token", "4", "--protocol", "l1-segments")
     assert more["protocol"] == "l1-segments"
     assert more["symbols"] == 10 * 39
+    report = evaluate("--report", "collapse", "--probe-tokens", "128", "--context", "32", "--segment", "32")
+    assert {Path(name).name for name in report["files"]} == {
+        "collapse.json",
+        *(f"{part}.png" for part in ("coselection", "load", "similarity", "slimmability", "spectrum")),
+    }
+    assert all((run / "collapse" / Path(name).name).is_file() for name in report["files"])
+    assert report["bpc"]["1"] == pytest.approx(last["val/bpc"], rel=1e-5)
     error = start("--checkpoint", str(tmp_path), "--data", str(tmp_path / "data"), cwd=tmp_path, script="evaluate")
     assert "no weights in" in one_message(error)
 

@@ -9,7 +9,7 @@ import pytest
 from launcher.common import user_errors
 from s2moe.config import ConfigError
 from s2moe.training.errors import ProcessError
-from s2moe.training.processes import describe_process, first_host, gpu_of
+from s2moe.training.processes import describe_process, first_host, gpu_of, tasks_of_node
 
 
 def test_one_process_under_plain_python() -> None:
@@ -36,6 +36,7 @@ def slurm(rank: int) -> dict[str, str]:
         "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_JOB_NODELIST": "gpu[07-08]",
         "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_NODEID": str(rank // 4),
     }
 
 
@@ -48,7 +49,29 @@ def test_srun_is_mapped_alike_on_every_task() -> None:
     assert {(t["WORLD_SIZE"], t["LOCAL_WORLD_SIZE"], t["MASTER_ADDR"]) for t in tasks} == {("8", "4", "gpu07")}
     ports = {int(task["MASTER_PORT"]) for task in tasks}
     assert len(ports) == 1
-    assert 1024 < ports.pop() < 65536
+    assert 1024 < ports.pop() < 32768  # above, connections are given theirs
+
+
+def test_neighbouring_jobs_and_steps_have_ports_of_their_own() -> None:
+    tasks = [
+        slurm(0) | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in range(50) for step in range(7)
+    ]
+    for task in tasks:
+        describe_process(task)
+    assert len({task["MASTER_PORT"] for task in tasks}) == len(tasks)
+
+
+def test_the_address_of_a_batch_script_is_taken() -> None:
+    environment = slurm(3) | {"MASTER_ADDR": "gpu07-ib", "MASTER_PORT": "12345"}
+    describe_process(environment)
+    assert (environment["RANK"], environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("3", "gpu07-ib", "12345")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "count"), [("4", 0, 4), ("4(x2)", 1, 4), ("8(x2),4", 2, 4), ("1,2(x3)", 0, 1), ("1,2(x3)", 3, 2)]
+)
+def test_tasks_of_a_node(tasks: str, node: int, count: int) -> None:
+    assert tasks_of_node(tasks, node) == count
 
 
 def test_batch_script_without_srun_is_one_process() -> None:

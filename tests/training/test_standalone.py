@@ -10,7 +10,7 @@ import torch
 
 from launcher.evaluate import parse
 from s2moe.config import ConfigError
-from s2moe.data import ByteTokenizer, CharacterTokenizer, write_corpus
+from s2moe.data import ByteTokenizer, CharacterTokenizer, CorpusError, SentencePieceTokenizer, write_corpus
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.training.export import write_hf
@@ -23,10 +23,10 @@ from .jobs import tiny_run
 TEXT = "abcab cabba " * 40
 
 
-def exported(target: Path, tokenizer: Any) -> Path:
+def exported(target: Path, tokenizer: Any, vocab_size: int = 256) -> Path:
     """A small untrained model with its tokenizer, as a run exports it."""
     config = S2MoEConfig(
-        vocab_size=256,
+        vocab_size=vocab_size,
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -65,6 +65,63 @@ def test_the_tokenizer_must_be_that_of_training(tmp_path: Path) -> None:
     assert (answer["symbols"], answer["attention_window"]) == (len(TEXT), 16)
     with pytest.raises(ConfigError, match=r"was trained with the tokenizer byte:.*characters has char.*: give"):
         evaluate(hf, tmp_path / "characters")
+
+
+def test_scores_of_corrupted_context_stand_beside_the_clean_ones(tmp_path: Path) -> None:
+    hf = exported(tmp_path / "hf", ByteTokenizer())
+    write_corpus(tmp_path / "bytes", "bytes", {"train": TEXT, "valid": TEXT, "test": TEXT}, ByteTokenizer())
+    sizes = ("--context", "8", "--segment", "8")
+    clean = evaluate(hf, tmp_path / "bytes", *sizes)
+    assert clean["corruption"] is None
+
+    answers = []
+    for arguments in (("--rate", "0.3"), ("--rate", "0.3"), ("--rate", "0.3", "--corrupt-seed", "1"), ("--rate", "0")):
+        answer = evaluate(hf, tmp_path / "bytes", *sizes, "--corrupt", "word_swap", *arguments)
+        assert {key: answer[key] for key in clean if key != "corruption"} == {
+            key: value for key, value in clean.items() if key != "corruption"
+        }
+        found = answer["corruption"]
+        assert found["bpc"] - clean["bpc"] == found["bpc_increase"]
+        answers.append(found)
+    first, again, other, none = answers
+    assert first == again
+    assert (first["kind"], first["rate"], first["seed"], other["seed"]) == ("word_swap", 0.3, 0, 1)
+    assert first["bpc_increase"] != 0
+    assert first["bpc"] != other["bpc"]
+    assert 0.1 < first["changed"] < 0.5
+    assert (none["bpc"], none["bpc_increase"], none["changed"]) == (clean["bpc"], 0.0, 0.0)
+    assert none["perplexity"] == clean["perplexity"]
+
+    everything = evaluate(
+        hf, tmp_path / "bytes", *sizes, "--corrupt", "word_swap", "--rate", "1", "--max-symbols", "12"
+    )
+    assert everything["corruption"]["changed"] == 10 / 12  # "abcab cabba "
+
+
+def test_corruption_of_subwords_is_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    tokenizer = SentencePieceTokenizer.train([TEXT + "\n"], 262)
+    hf = exported(tmp_path / "hf", tokenizer, vocab_size=tokenizer.vocab_size)
+    write_corpus(tmp_path / "pieces", "pieces", {"train": TEXT, "valid": TEXT, "test": TEXT}, tokenizer)
+    with pytest.raises(CorpusError, match=r"not defined for tokens of the kind 'sentencepiece'.*parts of words"):
+        evaluate(hf, tmp_path / "pieces", "--corrupt", "word_swap", "--rate", "0.1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--corrupt", "word_swap"), "--corrupt needs --rate"),
+        (("--rate", "0.1"), "--rate and --corrupt-seed belong to --corrupt"),
+        (("--corrupt-seed", "3"), "--rate and --corrupt-seed belong to --corrupt"),
+        (("--corrupt", "typos", "--rate", "0.1"), "invalid choice: 'typos'"),
+        (("--corrupt", "char_swap", "--rate", "1.5"), "argument --rate: must lie in 0..1, got 1.5"),
+        (("--corrupt", "char_swap", "--rate", "0.1", "--report", "collapse"), "run them one after the other"),
+    ],
+    ids=str,
+)
+def test_impossible_corruptions(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--checkpoint", "x", "--data", "y", *arguments])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Checks of a machine or an allocation before a long job: see launcher/doctor.py."""

@@ -1,0 +1,78 @@
+"""Before the first step: every process of a run can start, and has the same settings."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from s2moe.config.options import ConfigError
+from s2moe.data import CorpusError
+
+from .checkpoint import TrainingState
+from .processes import Processes
+
+NAMED = 5  # differences, or processes, that a message names at most
+ALIKE = ("world_size", "corpus", "tokenizer", "versions", "config")  # of the state, on all processes
+
+
+@contextlib.contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """Within it, an error of one process is raised on all, as a ConfigError that names it. Collective at the end.
+
+    Otherwise the others would wait for it, and only its own output would say why.
+    """
+    mine: ConfigError | CorpusError | None = None
+    try:
+        yield
+    except (ConfigError, CorpusError) as error:
+        mine = error
+    except OSError as error:
+        mine = ConfigError(str(error))
+    if processes.world_size == 1:
+        if mine is not None:
+            raise mine
+        return
+    errors: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(errors, None if mine is None else (socket.gethostname(), str(mine)))
+    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+    if not failed:
+        return
+    if mine is not None and len(failed) == len(errors) and len({text for _, text in errors}) == 1:
+        raise mine  # the same everywhere: no process needs naming
+    told = [f"rank {rank} on {host}: {text}" for rank, (host, text) in list(failed.items())[:NAMED]]
+    more = len(failed) - NAMED
+    raise ConfigError("; ".join(told) + (f"; and {more} more processes" if more > 0 else "")) from mine
+
+
+def require_same_settings(state: TrainingState, processes: Processes) -> None:
+    """Raise ConfigError on every process unless all have rank 0's settings, corpus and versions. Collective."""
+    if processes.world_size == 1:
+        return
+    first: list[Any] = [{name: getattr(state, name) for name in ALIKE}]
+    ours = _flat(first[0])
+    dist.broadcast_object_list(first)
+    theirs = _flat(first[0])
+    with together(processes):
+        names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        if names:
+            changes = [f"{name} is {ours.get(name)}, on rank 0 {theirs.get(name)}" for name in names[:NAMED]]
+            raise ConfigError(
+                f"was started otherwise than rank 0: {'; '.join(changes)}. "
+                "Start all processes with the same command, code, data and environment"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names, those of the run's configuration as they are written."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, "" if name == "config" else f"{name}.")
+        else:
+            flat[name] = value
+    return flat
