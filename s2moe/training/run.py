@@ -67,7 +67,10 @@ def pretrain(config: RunConfig, processes: Processes) -> Result:
         LostProcessError: another process is gone.
     """
     with Watchdog(config.training.timeout_minutes, processes) as watchdog, watchdog.naming_lost():
-        return _pretrain(config, processes, watchdog)
+        result = _pretrain(config, processes, watchdog)
+    if result.finished and processes.is_main:
+        draw_run(result.directory)  # nobody waits for it
+    return result
 
 
 def _pretrain(config: RunConfig, processes: Processes, watchdog: Watchdog) -> Result:
@@ -154,8 +157,6 @@ def _pretrain(config: RunConfig, processes: Processes, watchdog: Watchdog) -> Re
     )
     with watchdog.phase("export"):
         hf = export_engine(engine, directory, corpus.tokenizer, state.step)
-    if processes.is_main:
-        draw_run(directory)
     return Result(directory, True, state, score, hf, table)
 
 

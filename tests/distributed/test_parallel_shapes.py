@@ -204,7 +204,7 @@ def test_sequences_over_two_ranks_equal_one_process(corpus: str, tmp_path: Path)
 @pytest.mark.parametrize("offload", [True, False])
 def test_offload_can_change_on_resuming(corpus: str, tmp_path: Path, stage: int, offload: bool) -> None:
     saving = {"checkpoint.every": 2, "training.steps": 4}
-    before, after = (Shape(2, 2, stage, value).settings | saving for value in (offload, not offload))
+    before, after = (Work().settings | Shape(2, 2, stage, value).settings | saving for value in (offload, not offload))
     for output, settings in (("parts", before), ("whole", after)):
         run_distributed(runs, 2, corpus, str(tmp_path / output), [settings])
     run = tmp_path / "parts" / "run0"

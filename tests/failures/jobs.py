@@ -28,8 +28,8 @@ SETTINGS = {
     "training.steps": 6,
     "evaluation.every": 0,
     "checkpoint.every": 2,
-    "training.timeout_minutes": 0.1,
 }
+TIMEOUT_MINUTES = 0.2  # where a fault happens; the time that it takes to find out
 FOREVER = 600.0
 
 
@@ -52,6 +52,7 @@ def run(corpus: str, output: str, settings: dict[str, Any], fault: Fault | None)
     """``pretrain`` with SETTINGS and ``settings`` while `fault` happens; figures, or the error that it ends with."""
     rank, world = dist.get_rank(), dist.get_world_size()
     overrides = {"name": "run", "data.dir": corpus, "output_dir": output, **SETTINGS, **settings}
+    overrides["training.timeout_minutes"] = 5 if fault is None else TIMEOUT_MINUTES
     if fault is not None and fault.kind in DATA:
         act(fault.step, lambda: change_data(fault, Path(corpus)))
     elif fault is not None and fault.rank == rank:
