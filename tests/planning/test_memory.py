@@ -148,7 +148,7 @@ def settings(directory: Path, *shape: str) -> tuple[str, list[str]]:
 def test_state_and_buffers_of_the_engine(tmp_path: Path, stage: int, degree: int, precision: str) -> None:
     shape = (f"training.zero_stage={stage}", f"training.expert_parallel={degree}", f"training.precision={precision}")
     path, overrides = settings(tmp_path, *shape)
-    found = run_distributed("tests.planning.jobs:engine_memory", 2, path, overrides)[0]
+    found = run_distributed("tests.planning.jobs:engine_memory", 2, path, overrides, timeout=280)[0]
     config = load(RunConfig, path, overrides)
     model = config.model_config(VOCABULARY)
     sizes = model_sizes(model)
