@@ -1,10 +1,13 @@
-"""The one seam through which rows meet expert weights: two implementations of the same product.
+"""The one seam through which rows meet expert weights: three implementations of the same product.
 
 Legend: N rows sorted by expert, E experts, D model, F hidden.
 
 ``loop`` is a plain product per expert over its slice of rows, with the backward written out so that
 nothing is stored but rows and pre-activations; it takes every dtype. ``grouped`` is
 ``torch.nn.functional.grouped_mm``, one kernel for all experts, on half precision and float32.
+
+``every`` puts each row through all experts and keeps its own one's output. That is E times the work, but no shape
+depends on the routing, and no operator is special: a program made by ``torch.export`` can be run anywhere.
 
 ``grouped`` has a fast kernel for bfloat16 on GPUs of compute capability 9.0 (H100) and later. Elsewhere it
 is itself a loop over experts, on a CPU with a backward several times slower than plain products
@@ -15,6 +18,7 @@ the device, to learn the sizes of its slices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +30,17 @@ from s2moe.precision import full_precision
 
 aten = torch.ops.aten
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
+    "relu": F.relu,
+}
 ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
 ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": aten.silu_backward,
     "gelu": aten.gelu_backward,
+    "gelu_tanh": partial(aten.gelu_backward, approximate="tanh"),
     "relu": lambda grad, value: aten.threshold_backward(grad, value, 0),
 }
 
@@ -55,14 +65,33 @@ def expert_product(
     Args:
         counts_E: rows of each expert, in order; they sum to N.
         w3: [E, F, D] in the gated form, the hidden bias [E, 1, F] in the mlp form.
-        backend: "loop", "grouped", or "auto": grouped where it has its fast kernel, else loop.
+        backend: "loop", "grouped", "every", or "auto": every in a program that torch.export makes, grouped where
+            it has its fast kernel, else loop.
     """
     if backend == "auto":
-        backend = "grouped" if has_grouped_kernel(rows_ND) else "loop"
+        if torch.compiler.is_exporting():
+            backend = "every"
+        else:
+            backend = "grouped" if has_grouped_kernel(rows_ND) else "loop"
     if backend == "grouped":
         return _grouped(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
-    counts = counts_E.tolist()
-    return _Loop.apply(rows_ND, counts, weight_N, w1_EFD, w2_EDF, w3, form == "gated", activation)
+    if backend == "every":
+        return _every(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
+    return _loop(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
+
+
+@torch.compiler.disable  # it would be compiled anew for every other number of rows of an expert
+def _loop(
+    rows_ND: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor | None,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3: Tensor,
+    form: str,
+    activation: str,
+) -> Tensor:
+    return _Loop.apply(rows_ND, counts_E.tolist(), weight_N, w1_EFD, w2_EDF, w3, form == "gated", activation)
 
 
 def has_grouped_kernel(rows_ND: Tensor) -> bool:
@@ -102,6 +131,30 @@ def _grouped(
     if weight_N is not None:
         hidden_NF = hidden_NF * weight_N.to(hidden_NF.dtype)[:, None]
     return F.grouped_mm(hidden_NF, w2_EDF.transpose(1, 2), offs=ends_E)
+
+
+def _every(
+    rows_ND: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor | None,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3: Tensor,
+    form: str,
+    activation: str,
+) -> Tensor:
+    act = ACTIVATION_FUNCTIONS[activation]
+    expert_N1 = torch.searchsorted(
+        counts_E.cumsum(0), torch.arange(rows_ND.shape[0], device=rows_ND.device), right=True
+    )[:, None]
+    out_ND = torch.zeros_like(rows_ND)
+    for expert in range(len(w1_EFD)):
+        first_NF = rows_ND @ w1_EFD[expert].T
+        hidden_NF = act(first_NF) * (rows_ND @ w3[expert].T) if form == "gated" else act(first_NF + w3[expert])
+        if weight_N is not None:
+            hidden_NF = hidden_NF * weight_N.to(hidden_NF.dtype)[:, None]
+        out_ND = torch.where(expert_N1 == expert, hidden_NF @ w2_EDF[expert].T, out_ND)
+    return out_ND
 
 
 def _slices(counts: list[int]) -> list[tuple[int, slice]]:
