@@ -1,6 +1,6 @@
 """Write the files of a checkpoint to the disk, with their checksums, at once or behind training.
 
-Every process writes and reads back what is its own, so that checksums take no longer with more processes.
+Every process writes what is its own, and computes the checksum of each piece while it is being written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -37,8 +37,7 @@ class Writer:
     def of(self, engine: Any) -> Iterator[None]:
         """Within it, the engine saves through this writer."""
         engine_writer = engine.checkpoint_engine
-        write = engine_writer.save
-        engine_writer.save = lambda state_dict, path: self.save(state_dict, Path(path), write)
+        engine_writer.save = lambda state_dict, path: self.save(state_dict, Path(path))
         try:
             yield
         except OSError as error:
@@ -46,10 +45,16 @@ class Writer:
         finally:
             del engine_writer.save  # the class' own comes back
 
-    def save(self, value: Any, path: Path, write: Callable[[Any, str], None]) -> None:
-        """Write a file now; its checksum is computed while the next one is written."""
-        self._try(path, lambda: write(value, str(path)))
-        self._later(path, lambda: self._seal(path))
+    def save(self, value: Any, path: Path) -> None:
+        """Write a file now; it is brought to the disk while the next one is written."""
+
+        def write() -> None:
+            with HashedFile(path) as file:
+                torch.save(value, cast(IO[bytes], file))
+            self.digests[path] = file.digest()
+
+        self._try(path, write)
+        self._later(path, lambda: sync(path))
 
     def done(self) -> bool:
         """Whether all files are on the disk, or failed."""
@@ -74,26 +79,56 @@ class Writer:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
-    def _seal(self, path: Path) -> None:
-        sync(path)
-        self.digests[path] = digest(path)
-
 
 class BackgroundWriter(Writer):
     """Copies what the engine saves into memory and writes it from a thread."""
 
-    def save(self, value: Any, path: Path, write: Callable[[Any, str], None]) -> None:
+    def save(self, value: Any, path: Path) -> None:
         """Take a copy, as the file will be."""
         content = io.BytesIO()
-        self._try(path, lambda: torch.save(value, content))
-        self._later(path, lambda: self._write(content, path))
 
-    def _write(self, content: io.BytesIO, path: Path) -> None:
-        with content, content.getbuffer() as buffer:
-            path.write_bytes(buffer)
-            written = sha256(buffer).hexdigest()
-        sync(path)
-        self.digests[path] = written
+        def write() -> None:
+            with content, content.getbuffer() as buffer, HashedFile(path) as file:
+                file.write(buffer)
+            self.digests[path] = file.digest()
+            sync(path)
+
+        self._try(path, lambda: torch.save(value, content))
+        self._later(path, write)
+
+
+class HashedFile:
+    """A new file with the checksum of all that is written to it. Each piece is written and hashed at the same time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._hash = sha256()
+        self._thread = ThreadPoolExecutor(1, "checksum")
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        self._file.close()
+
+    def write(self, piece: Any) -> int:
+        """All of the bytes."""
+        hashed = self._thread.submit(self._hash.update, piece)
+        try:
+            rest = memoryview(piece).cast("B")
+            while rest:  # the system may take a part
+                rest = rest[self._file.write(rest) :]
+        finally:
+            hashed.result()
+        return memoryview(piece).nbytes
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def digest(self) -> str:
+        """Of all pieces, in hexadecimal."""
+        return self._hash.hexdigest()
 
 
 def digest(path: Path) -> str:

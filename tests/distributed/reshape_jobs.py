@@ -150,7 +150,7 @@ def run_on_a_full_disk(corpus: str, output: str) -> None:
 
 
 def wait_for_first(kind: str) -> dict[str, Any]:
-    """Process 0 works for about two seconds; how often progress was noticed here, and the error."""
+    """Process 0 works for about a second; how often progress was noticed here, and the error."""
     progress = 0
 
     def note() -> None:
@@ -159,10 +159,10 @@ def wait_for_first(kind: str) -> dict[str, Any]:
 
     def work(goes_on: Callable[[], None]) -> None:
         if kind == "stuck":
-            time.sleep(2)
+            time.sleep(0.8)
             return
         for _ in range(4):
-            time.sleep(0.5)
+            time.sleep(0.25)
             goes_on()
         if kind == "refused":
             raise ConfigError("the disk is too small")

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,24 +34,19 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the code under test runs after it."""
 
 
-class FakeWriter:
-    """What DeepSpeed's engine writes through; the disk may be full."""
+class FullDisk:
+    """What cannot be written."""
 
-    def __init__(self, full: bool) -> None:
-        self.full = full
-
-    def save(self, state_dict: bytes, path: str) -> None:
-        Path(path).write_bytes(state_dict)
-        if self.full:
-            raise OSError(28, "No space left on device")
+    def __reduce__(self) -> Any:
+        raise OSError(28, "No space left on device")
 
 
 class FakeEngine:
     """Writes two files like DeepSpeed, one of them in a sub-directory; can be killed between them."""
 
     def __init__(self, killed: bool = False, full: bool = False) -> None:
-        self.killed = killed
-        self.checkpoint_engine = FakeWriter(full)
+        self.killed, self.full = killed, full
+        self.checkpoint_engine: Any = SimpleNamespace()  # what DeepSpeed's engine writes through
 
     def save_checkpoint(self, directory: str, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert not save_latest
@@ -59,7 +55,8 @@ class FakeEngine:
         (path / "a.pt").write_bytes(b"a" * 10)
         if self.killed:
             raise Killed
-        self.checkpoint_engine.save(b"b" * client_state["step"], str(path.parent / "b.pt"))
+        content = FullDisk() if self.full else b"b" * client_state["step"]
+        self.checkpoint_engine.save(content, str(path.parent / "b.pt"))
 
 
 def names(directory: Path) -> list[str]:
@@ -132,7 +129,7 @@ def test_killed_while_deleting_leaves_no_half_checkpoint(tmp_path: Path, monkeyp
     ("damage", "problem"),
     [
         (lambda path: (path / "b.pt").unlink(), "b.pt is missing"),
-        (lambda path: (path / "b.pt").write_bytes(b"b"), "b.pt has 1 bytes instead of 2"),
+        (lambda path: (path / "b.pt").write_bytes(b"b"), "b.pt has 1 bytes instead of "),
         (lambda path: (path / "manifest.json").unlink(), "incomplete: it has no manifest.json"),
         (lambda path: (path / "manifest.json").write_text("{"), "its manifest.json cannot be read"),
     ],
