@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the batch scripts share: `start ARGUMENTS` runs launcher/pretrain.py on every process of the allocation
+# What the batch scripts share: `start ARGUMENTS` runs launcher/$program.py (pretrain) on every process of the allocation
 # and starts the job again when it has to go on. Sourced, with `root` as the clone.
 
 # A request to stop can come at any moment: Slurm sends USR1 to the batch script ahead of the time limit (--signal),
@@ -48,7 +48,7 @@ start() {
     finish "$status"
 }
 
-# Take our own options out of the arguments; the rest is launcher/pretrain.py's. Outside a job, --dry-run takes the
+# Take our own options out of the arguments; the rest is the program's. Outside a job, --dry-run takes the
 # shape that sbatch would be given.
 read_arguments() {
     dry_run=""
@@ -143,11 +143,11 @@ build_command() {
         python=python3
         if [[ -z ${container[*]}${options[*]} && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
     fi
-    logs=${S2MOE_LOGS:-logs}/${SLURM_JOB_NAME:-pretrain}-$job
+    logs=${S2MOE_LOGS:-logs}/${SLURM_JOB_NAME:-${program:-pretrain}}-$job
     command=(
         srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus"
         --kill-on-bad-exit=1 --output="$logs/rank-%t.log" --open-mode=append
-        "${options[@]}" "${container[@]}" "$python" "$root/launcher/pretrain.py" "${arguments[@]}"
+        "${options[@]}" "${container[@]}" "$python" "$root/launcher/${program:-pretrain}.py" "${arguments[@]}"
     )
 }
 
@@ -162,7 +162,7 @@ print_launch() {
     echo
 }
 
-# What the end of the processes means for the job. Exit statuses are launcher/pretrain.py's; srun gives the highest.
+# What the end of the processes means for the job. Exit statuses are those of launcher/pretrain.py; srun gives the highest.
 finish() {
     local status=$1
     case $status in

@@ -102,6 +102,15 @@ class SentencePieceTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return int(self._processor.vocab_size())
 
+    @property
+    def unknown_id(self) -> int:
+        """The id of the unknown piece, which no encoded text contains."""
+        return int(self._processor.unk_id())
+
+    def pieces(self) -> list[str]:
+        """Each id's piece, as the model writes it (a space as U+2581, a byte as <0x0A>)."""
+        return [str(self._processor.id_to_piece(index)) for index in range(self.vocab_size)]
+
     def encode(self, text: str | bytes) -> Tokens:
         pieces = list(segments(as_text(as_bytes(text))))
         arrays = [np.asarray(ids, dtype=np.int64) for ids in self._processor.encode(pieces)]

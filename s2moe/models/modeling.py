@@ -17,10 +17,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
 
 from s2moe.models.attention import S2MoEAttention, S2MoERotaryEmbedding
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.experts import Experts
+from s2moe.moe.feedback import update_routers
 from s2moe.moe.history import History
 from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer
 from s2moe.moe.momentum import MomentumState, build_momentum
@@ -28,7 +30,6 @@ from s2moe.moe.regularisers import Regularisers
 from s2moe.moe.routers import LinearScores, Router
 from s2moe.moe.routing import LayerStatistics, RoutingContext
 from s2moe.parallel import ExpertParallel
-from s2moe.parallel.expert_parallel import all_reduce_sum
 
 
 class S2MoERMSNorm(nn.Module):
@@ -138,19 +139,9 @@ class S2MoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
             module.reset_parameters(self.config.initializer_range)
 
-    @torch.no_grad()
     def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
-        """After an optimizer step: give each router its feedback, summed over micro-batches and ranks.
-
-        Args:
-            routing: the ``routing`` of each micro-batch's output since the last step.
-        """
-        layers = {module.layer: module for module in self.modules() if isinstance(module, SMoELayer)}
-        for per_microbatch in zip(*routing, strict=True):
-            moe = layers[per_microbatch[0].layer]
-            parts = [statistics.feedback for statistics in per_microbatch if statistics.feedback is not None]
-            if parts and not moe.router.frozen:
-                moe.router.after_step(all_reduce_sum(torch.stack(parts).sum(0), moe.parallel.data_group))
+        """``s2moe.moe.feedback.update_routers`` of this model."""
+        update_routers(self, routing)
 
 
 @dataclass
@@ -189,6 +180,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
         self._forwards = 0
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -246,6 +238,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
         hidden_BSD = self.dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids)
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_probability = self.config.output_attentions if output_attentions is None else output_attentions
         every_hidden, every_probability, routing = [hidden_BSD], [], []
         momentum: MomentumState | None = None
         for layer in self.layers:
@@ -260,7 +253,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
             )
             if wants_hidden:
                 every_hidden.append(hidden_BSD)
-            if output_attentions:
+            if wants_probability:
                 every_probability.append(probability)
             if statistics is not None:
                 routing.append(statistics)
@@ -270,7 +263,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
             last_hidden_state=hidden_BSD,
             past_key_values=past_key_values,
             hidden_states=tuple(every_hidden) if wants_hidden else None,
-            attentions=tuple(every_probability) if output_attentions else None,
+            attentions=tuple(every_probability) if wants_probability else None,
             routing=tuple(routing),
         )
 
@@ -305,6 +298,7 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -345,6 +339,7 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             context=context,
             experts_per_token=experts_per_token,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep

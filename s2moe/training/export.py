@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from s2moe.config.options import ConfigError
 from s2moe.data import Tokenizer
+from s2moe.hub.card import write_card
+from s2moe.hub.tokenization import save_tokenizer
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.layer import SMoELayer
@@ -36,7 +38,8 @@ def export_engine(engine: Any, run_directory: Path, tokenizer: Tokenizer, step: 
     state = gather_state(engine.module)
     target = run_directory / HF_DIRECTORY
     if state is not None:
-        write_hf(engine.module.config, state, target, tokenizer, {"run": run_directory.name, "step": step})
+        origin = {"run": run_directory.name, "step": step}
+        write_hf(engine.module.config, state, target, tokenizer, origin, run_directory)
     if dist.is_initialized():
         dist.barrier()
     return target
@@ -81,9 +84,17 @@ def gather_experts(local: Tensor, parallel: ExpertParallel) -> Tensor:
 
 
 def write_hf(
-    config: S2MoEConfig, state: dict[str, Tensor], target: Path, tokenizer: Tokenizer | None, origin: dict[str, Any]
+    config: S2MoEConfig,
+    state: dict[str, Tensor],
+    target: Path,
+    tokenizer: Tokenizer | None,
+    origin: dict[str, Any],
+    run_directory: Path | None = None,
 ) -> None:
-    """Write configuration, weights, tokenizer and origin to `target`, replacing an earlier export as a whole.
+    """Write configuration, weights, tokenizer, model card and origin to `target`, replacing an earlier export whole.
+
+    Args:
+        run_directory: where the weights were trained, for the card; None: nothing is known of it.
 
     Raises:
         ConfigError: `target` holds something else.
@@ -98,7 +109,8 @@ def write_hf(
     with no_progress_bars():
         model.save_pretrained(temporary, state_dict=state)
     if tokenizer is not None:
-        tokenizer.save(temporary)
+        save_tokenizer(tokenizer, temporary, config.max_position_embeddings)
+    write_card(temporary, config, origin, run_directory, tokenizer.kind if tokenizer is not None else "")
     (temporary / ORIGIN_FILE).write_text(json.dumps(origin), encoding="utf-8")
     if target.exists():
         os.rename(target, old)

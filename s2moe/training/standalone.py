@@ -192,5 +192,6 @@ def export_checkpoint(source: Path, target: Path | None, data: Path | None) -> P
     require_replaceable(target)
     corpus = Corpus.open(data or checkpoint.state.config["data"]["dir"])
     origin = {"run": run_directory.name, "step": checkpoint.state.step}
-    write_hf(checkpoint_config(checkpoint), checkpoint_state(checkpoint), target, corpus.tokenizer, origin)
+    config, weights = checkpoint_config(checkpoint), checkpoint_state(checkpoint)
+    write_hf(config, weights, target, corpus.tokenizer, origin, run_directory)
     return target

@@ -117,6 +117,25 @@ def test_a_process_that_is_lost_twice_is_done_without(tmp_path: Path) -> None:
     assert alone == pytest.approx(together, rel=0.02)
 
 
+@pytest.mark.timeout(600)
+def test_asked_to_stop_it_saves_and_says_so(tmp_path: Path) -> None:
+    with supervise(tmp_path) as supervisor:
+        deadline = time.monotonic() + 200
+        while steps_done(tmp_path) < 30:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        supervisor.send_signal(signal.SIGUSR1)
+        printed, _ = supervisor.communicate(timeout=200)
+    assert supervisor.returncode == 75, printed
+    assert "a signal asked it to stop, and it saved a checkpoint. Not started again" in printed
+    stopped = steps_done(tmp_path)
+    assert 30 <= stopped < 240
+    with supervise(tmp_path) as supervisor:
+        printed, _ = supervisor.communicate(timeout=300)
+    assert supervisor.returncode == 0, printed
+    assert f"continuing from {tmp_path / 'runs' / 'tiny' / 'checkpoints' / f'step-{stopped:08d}'}" in printed
+
+
 def bits_per_byte(run: Path) -> float:
     """The last validation's figure."""
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -12,12 +12,15 @@ import pytest
 from safetensors.torch import load_file
 
 from s2moe.training.checkpoint import list_complete
+from tests.data.classification_files import glue
+from tests.finetuning.finetune_jobs import language_model
 from tests.training.jobs import tiny_run
 
 from .cluster import NODES, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 160
 SETTINGS = [
     f"training.steps={STEPS}",
@@ -190,6 +193,37 @@ def test_a_sweep_of_two_methods_and_two_seeds(cluster: Cluster, tmp_path: Path) 
         ("tiny-s2moe-seed1", "s2moe"),
         ("tiny-s2moe-seed2", "s2moe"),
     }
+
+
+def test_fine_tuning_on_two_nodes_is_stopped_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    language_model(tmp_path / "hf")
+    glue(tmp_path / "glue", (400, 60))
+    settings = {
+        "name": "tuned",
+        "data.source": tmp_path / "glue",
+        "data.official": "false",
+        "data.input_length": 32,
+        "model.checkpoint": tmp_path / "hf",
+        "output_dir": tmp_path / "runs",
+        "training.batch": 4,
+        "training.epochs": 4,
+        "logging.every": 5,
+    }
+    number = cluster.submit(
+        tmp_path,
+        "finetune.sbatch",
+        TWO_NODES,
+        ["--config", str(ROOT / "configs/finetune/sst2.yaml"), *(f"{key}={value}" for key, value in settings.items())],
+    )
+    log, output = tmp_path / "runs" / "tuned" / "metrics.jsonl", tmp_path / f"slurm-{number}.out"
+    cluster.wait(lambda: log.exists() and log.read_text().count('"step"') > 2, 180, "the first steps")
+    cluster.run("scancel", "--signal=USR1", "--batch", number)
+    cluster.wait(lambda: int(cluster.job(number)["Restarts"]) >= 1, 120, "the restart")
+    assert "exit code 75" in output.read_text()
+    job = cluster.wait_for_end(number)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output.read_text()
+    assert json.loads((log.parent / "results.json").read_text())["task"] == "sst2"
+    assert (log.parent / "hf" / "model.safetensors").exists()
 
 
 def _process(run: Run, rank: str) -> int:

@@ -57,6 +57,15 @@ def test_nodes_without_gpus() -> None:
     assert "srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 " in lines[-1]
 
 
+def test_fine_tuning_starts_its_own_program() -> None:
+    lines = dry_run("finetune.sbatch", "--gpus-per-node=2", "--cpus-per-task=3", "--config", "x", "name=y")
+    assert lines[-1].startswith("srun --nodes=1 --ntasks=2 --ntasks-per-node=2 --cpus-per-task=3 ")
+    assert lines[-1].endswith(
+        f" --output=logs/finetune-0/rank-%t.log --open-mode=append python3 "
+        f"{ROOT}/launcher/finetune.py --config x name=y"
+    )
+
+
 def test_container_and_site(tmp_path: Path) -> None:
     site = tmp_path / "site.sh"
     site.write_text("export NCCL_SOCKET_IFNAME=ib0\nMASTER_ADDR=first-ib\nS2MOE_SRUN_OPTIONS='--cpu-bind=none'\n")

@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""Fine-tune a pre-trained model on a classification task: SST-2, SST-5, IMDB or BANKING77.
+
+    deepspeed launcher/finetune.py --config configs/finetune/sst2.yaml model.checkpoint=runs/quickstart
+    deepspeed --num_accelerators 2 launcher/finetune.py --config ...       2 processes, also on the CPU
+    python launcher/finetune.py --config ...                               one process
+    torchrun --standalone --nproc-per-node 2 launcher/finetune.py --config ...
+    srun --ntasks-per-node 8 python launcher/finetune.py --config ...      inside a Slurm job
+
+The task's official files are downloaded to data/; a local copy is taken with data.source=PATH. Settings come from
+the YAML file and, on top of it, from section.key=value arguments:
+
+    ... model.checkpoint=runs/xmoe model.freeze=routers_and_experts model.balance_loss=null    X-MoE's recipe
+    ... model.noise=false                                       S2MoE without its noise while fine-tuning
+    ... optimizer.factors.layer_decay=0.9 optimizer.factors.head=5          learning rates by depth
+    ... data.max_texts=500 training.epochs=1 name=trial         a quick look
+
+A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ after every epoch and, when it is
+finished, results.json with the test accuracy of the epoch that was best on the validation split, and hf/ with its
+model. Started again with the same command, it continues from its newest complete checkpoint.
+
+Exit status: 0 finished, 2 a setting or the data is wrong, 3 the loss was not finite, 75 stopped by a signal: to be
+started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import NoReturn
+
+if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
+try:
+    from launcher.common import fail, leave, prepare_environment, run
+except ImportError:  # started as a file, from any directory
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from launcher.common import fail, leave, prepare_environment, run
+
+prepare_environment()
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, said once a machine."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"error: {message} (--help explains)", 2)
+        raise AssertionError
+
+
+def main(arguments: list[str]) -> None:
+    """Read the settings, then explain or fine-tune, and report."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--local_rank", "--local-rank", type=int)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    from s2moe.config import load
+    from s2moe.config.finetune import FinetuneConfig
+
+    if options.help:
+        from s2moe.config.help import help_text
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+        print(f"{__doc__}\n{help_text(FinetuneConfig)}")
+        return
+    if options.config is None:
+        fail("error: --config is missing; for example --config configs/finetune/sst2.yaml (--help explains)", 2)
+    config = load(FinetuneConfig, options.config, options.overrides)
+
+    from s2moe.finetuning.run import finetune
+    from s2moe.training.processes import start_processes, stop_processes
+    from s2moe.training.signals import STOPPED, catch_stop_signals
+
+    catch_stop_signals()
+    processes = start_processes(config.training.timeout_minutes)
+    result = finetune(config, processes)
+    stop_processes(together=not result.results)
+    if not result.results:
+        if processes.is_main:
+            print(f"stopped by a signal after step {result.step}; the same command continues")
+        leave(STOPPED)
+    if processes.is_main:
+        values = result.results
+        print(
+            f"\n{values['task']}: test accuracy {100 * values['test_accuracy']:.2f} % "
+            f"({values['texts']['test']:,} texts), at the best validation accuracy, "
+            f"{100 * values['validation_accuracy']:.2f} % after step {values['best_step']}"
+        )
+        print("\n".join(f"  {note}" for note in values["notes"]))
+        print(f"run directory: {result.directory}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,177 @@
+"""The settings of a fine-tuning run. `configs/finetune/*.yaml` are written against these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from s2moe.options import option
+
+from .learning_rates import LearningRates
+from .run import require
+
+
+@dataclass
+class FinetuneDataConfig:
+    task: Literal["sst2", "sst5", "imdb", "banking77"] = option(help="the set of texts and classes")
+    source: str | None = option(
+        None, "a local copy, directory or archive, of the official files; null: download them to downloads/task"
+    )
+    downloads: str = option("data", "where downloaded files are kept")
+    official: bool = option(True, "whether the splits must have the official numbers of texts")
+    validation: float = option(
+        0.1, "part of train that is held out to choose the best epoch, where there is no official validation split"
+    )
+    input_length: int = option(512, "most tokens of a text")
+    keep: Literal["first", "last"] = option("first", "which tokens of a longer text remain")
+    max_texts: int | None = option(None, "use at most so many texts of each split, for trying things; null: all")
+
+    def __post_init__(self) -> None:
+        require(0 < self.validation < 1, "data.validation", "must lie between 0 and 1", self.validation)
+        require(self.input_length >= 1, "data.input_length", "must be at least 1", self.input_length)
+        if self.max_texts is not None:
+            require(self.max_texts >= 2, "data.max_texts", "must be at least 2", self.max_texts)
+
+
+@dataclass
+class FinetuneModelConfig:
+    checkpoint: str = option(help="what to start from: a run directory of launcher/pretrain.py, or its hf/")
+    balance_loss: float | None = option(
+        0.0, "coefficient of the router's balance loss; 0 as published; null: as in pre-training"
+    )
+    noise: bool = option(True, "keep S2MoE's noisy copies in training; false: train the clean path alone")
+    hidden_dropout: float | None = option(None, "dropout of each residual branch; null: as in pre-training")
+    freeze: Literal["none", "routers", "experts", "routers_and_experts"] = option(
+        "none", "what of the SMoE layers is not trained; X-MoE fine-tunes with routers_and_experts"
+    )
+
+    def __post_init__(self) -> None:
+        if self.balance_loss is not None:
+            require(self.balance_loss >= 0, "model.balance_loss", "must not be negative", self.balance_loss)
+        if self.hidden_dropout is not None:
+            require(0 <= self.hidden_dropout < 1, "model.hidden_dropout", "must lie in [0, 1)", self.hidden_dropout)
+
+
+@dataclass
+class FinetuneOptimizerConfig:
+    lr: float = option(1e-4, "peak learning rate of AdamW")
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of AdamW's first and second moment")
+    eps: float = option(1e-8, "added to AdamW's denominator")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices; norms and biases have none")
+    clip: float = option(1.0, "largest norm of the whole gradient")
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "of the learning rate, after warm-up")
+    warmup: float = option(0.0, "part of all steps in which the learning rate rises from 0")
+    factors: LearningRates = option(factory=LearningRates, help="learning rates by depth")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optimizer.lr", "must be positive", self.lr)
+        for beta in self.betas:
+            require(0 <= beta < 1, "optimizer.betas", "must lie in [0, 1)", list(self.betas))
+        require(self.eps > 0, "optimizer.eps", "must be positive", self.eps)
+        require(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative", self.weight_decay)
+        require(self.clip > 0, "optimizer.clip", "must be positive", self.clip)
+        require(0 <= self.warmup < 1, "optimizer.warmup", "must lie in [0, 1)", self.warmup)
+
+
+@dataclass
+class FinetuneTrainingConfig:
+    epochs: int = option(5, "passes over train; the schedule ends here")
+    batch: int = option(16, "texts per optimizer step over all processes")
+    micro_batch: int | None = option(None, "texts per process and forward pass; null: batch / processes")
+    evaluation_batch: int = option(32, "texts per process and forward pass in evaluation")
+    label_smoothing: float = option(0.0, "part of each label that is spread over all classes")
+    precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "dtype of weights and activations")
+    zero_stage: int = option(1, "DeepSpeed ZeRO: 1, 2 or 3")
+    expert_parallel: int = option(1, "processes that share one copy of the experts; divides processes and experts")
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    timeout_minutes: float = option(30.0, "for processes to join, and for each wait for one another")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "evaluation_batch", "expert_parallel"):
+            require(getattr(self, name) >= 1, f"training.{name}", "must be at least 1", getattr(self, name))
+        if self.micro_batch is not None:
+            require(self.micro_batch >= 1, "training.micro_batch", "must be at least 1", self.micro_batch)
+        require(0 <= self.label_smoothing < 1, "training.label_smoothing", "must lie in [0, 1)", self.label_smoothing)
+        require(self.zero_stage in (1, 2, 3), "training.zero_stage", "must be 1, 2 or 3", self.zero_stage)
+        require(self.timeout_minutes > 0, "training.timeout_minutes", "must be positive", self.timeout_minutes)
+
+
+@dataclass
+class FinetuneCheckpointConfig:
+    keep: int = option(1, "checkpoints to keep, beside the best one; one is written after every epoch")
+    resume: Literal["auto", "never", "must"] = option(
+        "auto", "auto: continue from the newest checkpoint if there is one; never, must: an error if there is, is not"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.keep >= 1, "checkpoint.keep", "must be at least 1", self.keep)
+
+
+@dataclass
+class FinetuneLoggingConfig:
+    every: int = option(20, "steps between log events (metrics.jsonl, TensorBoard)")
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "logging.every", "must be at least 1", self.every)
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """Everything that decides a fine-tuning run."""
+
+    name: str = option(help="name of the run: its directory is output_dir/name")
+    data: FinetuneDataConfig = option(help="texts and classes")
+    model: FinetuneModelConfig = option(help="what is fine-tuned")
+    output_dir: str = option("runs", "directory of all runs")
+    seed: int = option(1, "the new head, order of the data, dropout and noise; not the splits")
+    training: FinetuneTrainingConfig = option(factory=FinetuneTrainingConfig, help="length, batch and parallelism")
+    optimizer: FinetuneOptimizerConfig = option(factory=FinetuneOptimizerConfig)
+    checkpoint: FinetuneCheckpointConfig = option(factory=FinetuneCheckpointConfig)
+    logging: FinetuneLoggingConfig = option(factory=FinetuneLoggingConfig)
+
+    def __post_init__(self) -> None:
+        valid = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
+        require(valid, "name", "must be a file name", self.name)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run writes everything."""
+        return Path(self.output_dir) / self.name
+
+    def micro_batch(self, world_size: int) -> int:
+        """Texts per process and forward pass. Raises ConfigError where the batch cannot be dealt out."""
+        training = self.training
+        require(
+            world_size % training.expert_parallel == 0,
+            "training.expert_parallel",
+            f"must divide the number of processes, {world_size}",
+            training.expert_parallel,
+        )
+        micro = training.micro_batch or max(1, training.batch // world_size)
+        require(
+            training.batch % (micro * world_size) == 0,
+            "training.batch",
+            f"must be a multiple of processes x micro_batch = {world_size} x {micro}",
+            training.batch,
+        )
+        return micro
+
+    def model_changes(self, router: dict[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
+        """What of the pre-trained model's configuration is to change. `router`: its router's options."""
+        moe: dict[str, Any] = {}
+        if self.model.balance_loss is not None and "balance_loss" in router:
+            moe["router"] = {"balance_loss": self.model.balance_loss}
+        elif self.model.balance_loss:
+            require(False, "model.balance_loss", f"the router {router['name']!r} has none", self.model.balance_loss)
+        if not self.model.noise:
+            moe["stochastic"] = {"enabled": False}
+        changes: dict[str, Any] = {
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: number for number, name in enumerate(classes)},
+            "problem_type": "single_label_classification",
+            "moe": moe,
+        }
+        if self.model.hidden_dropout is not None:
+            changes["hidden_dropout"] = self.model.hidden_dropout
+        return changes

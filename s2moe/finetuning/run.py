@@ -1,0 +1,356 @@
+"""A fine-tuning run from its settings to its results: open, resume, train, choose the best epoch, test, export."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers.training_args
+from transformers import (
+    EvalPrediction,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from s2moe.config import ConfigError, load, to_dict, to_yaml
+from s2moe.config.finetune import FinetuneConfig
+from s2moe.data import Corpus, Tokenizer, load_tokenizer
+from s2moe.data.classification import ClassificationData, load_classification, subset
+from s2moe.data.encoding import EncodedTexts, collate
+from s2moe.models import S2MoEForSequenceClassification
+from s2moe.moe.freezing import freeze_named
+from s2moe.parallel import deepspeed_compat
+from s2moe.training.agreement import together
+from s2moe.training.export import HF_DIRECTORY, ORIGIN_FILE
+from s2moe.training.metrics_log import MetricsLog
+from s2moe.training.processes import Processes
+from s2moe.training.run_log import layer_figures
+from s2moe.training.signals import stop_signal
+from s2moe.training.tensorboard import TensorBoard
+from s2moe.training.weights import Weights, find_weights
+
+from .callback import RoutingCallback
+from .loading import changed_config, load_pretrained
+from .trainer import S2MoETrainer, cpu_processes, deepspeed_settings, newest_checkpoint, step_of
+
+RESULTS_FILE = "results.json"
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+NAMES = {
+    "loss": "train/loss",
+    "task_loss": "train/task_loss",
+    "aux_loss": "train/aux_loss",
+    "learning_rate": "lr",
+    "eval_loss": "val/loss",
+    "eval_accuracy": "val/accuracy",
+}
+FREE = ("output_dir", "name", "checkpoint", "logging")  # sections that a run may change when it continues
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run came to; `results` is empty when a signal stopped it first."""
+
+    directory: Path
+    step: int
+    results: dict[str, Any]
+
+
+def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
+    """Fine-tune, continuing from the newest complete checkpoint if there is one. Collective.
+
+    Raises:
+        ConfigError, CorpusError: a setting, the texts or the weights do not allow the run.
+        TrainingError: the loss is not finite.
+    """
+    with together(processes):
+        micro_batch = config.micro_batch(processes.world_size)
+        weights = find_weights(Path(config.model.checkpoint))
+        tokenizer = tokenizer_of(weights)
+        before = changed_config(weights, {})
+        if config.data.input_length > before.max_position_embeddings:
+            raise ConfigError(
+                f"data.input_length: {weights.description} was pre-trained on at most {before.max_position_embeddings} "
+                f"tokens, got {config.data.input_length}"
+            )
+    data = load_data(config, processes)
+    with together(processes):
+        changes = config.model_changes(before.moe_config().router, data.classes)
+        changed_config(weights, changes)
+        splits = {
+            name: EncodedTexts(getattr(data, name), tokenizer, config.data.input_length, config.data.keep)
+            for name in ("train", "validation", "test")
+        }
+    resume = prepare_directory(config, processes)
+
+    args = training_arguments(config, processes, micro_batch)
+    parallel = deepspeed_compat.expert_parallel(config.training.expert_parallel)
+    torch.manual_seed(config.seed)
+    model = load_pretrained(S2MoEForSequenceClassification, Path(config.model.checkpoint), parallel, changes)
+    freeze_named(model, config.model.freeze)
+    routing = RoutingCallback(config.directory / "tensorboard")
+    log = MetricsCallback(config.directory, routing, step_of(resume or ""))
+    stopping = StopCallback(processes)
+    trainer = S2MoETrainer(
+        model=model,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        data_collator=collate,
+        compute_metrics=accuracy,
+        learning_rates=config.optimizer.factors,
+        routing=routing,
+        callbacks=[log, stopping],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        step = trainer.state.global_step
+        if stopping.stopped and step < trainer.state.max_steps:
+            return FinetuneResult(config.directory, step, {})
+        tested = trainer.predict(splits["test"], metric_key_prefix="test").metrics
+    finally:
+        log.close()
+    results = {
+        "task": config.data.task,
+        "test_accuracy": tested["test_accuracy"],
+        "test_loss": tested["test_loss"],
+        "validation_accuracy": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step,
+        "steps": step,
+        "texts": data.sizes(),
+        "notes": data.notes,
+        "method": before.moe_config().method,
+        "checkpoint": weights.description,
+        "seed": config.seed,
+    }
+    export(trainer, config.directory / HF_DIRECTORY, tokenizer, {"run": config.name, "step": results["best_step"]})
+    if processes.is_main:
+        write_json(config.directory / RESULTS_FILE, results)
+    return FinetuneResult(config.directory, step, results)
+
+
+def tokenizer_of(weights: Weights) -> Tokenizer:
+    """The tokenizer that the weights were pre-trained with. Raises CorpusError where it is not to be found."""
+    if weights.hf is not None:
+        return load_tokenizer(weights.hf)
+    assert weights.checkpoint is not None
+    return Corpus.open(weights.checkpoint.state.config["data"]["dir"]).tokenizer
+
+
+def load_data(config: FinetuneConfig, processes: Processes) -> ClassificationData:
+    """The texts; one process of a machine downloads them where need be. Collective."""
+    settings = config.data
+
+    def read() -> ClassificationData:
+        found = load_classification(
+            settings.task, settings.source, settings.validation, 0, settings.official, settings.downloads
+        )
+        return subset(found, settings.max_texts, 0) if settings.max_texts else found
+
+    data: ClassificationData | None = None
+    with together(processes):
+        if processes.local_rank == 0:
+            data = read()
+    with together(processes):
+        data = data or read()
+    assert data is not None
+    return data
+
+
+def prepare_directory(config: FinetuneConfig, processes: Processes) -> str | None:
+    """Choose the checkpoint to continue from, write config.yaml. Collective.
+
+    Raises:
+        ConfigError: `checkpoint.resume` forbids or demands one, or it is of a run with other settings.
+    """
+    resume: list[Any] = [None]
+    with together(processes):
+        if processes.is_main:
+            resume = [_prepare(config)]
+    if processes.world_size > 1:
+        dist.broadcast_object_list(resume)
+    return resume[0]
+
+
+def _prepare(config: FinetuneConfig) -> str | None:
+    directory, settings = config.directory, config.directory / "config.yaml"
+    directory.mkdir(parents=True, exist_ok=True)
+    newest = newest_checkpoint(directory / "checkpoints")
+    if newest is None and config.checkpoint.resume == "must":
+        raise ConfigError(f"checkpoint.resume=must, but there is no complete checkpoint in {directory / 'checkpoints'}")
+    if newest is not None:
+        if config.checkpoint.resume == "never":
+            raise ConfigError(f"checkpoint.resume=never, but {newest} exists: choose another name=..., or resume=auto")
+        old, new = to_dict(load(FinetuneConfig, settings)), to_dict(config)
+        changed = [
+            f"{section}.{key} was {old[section][key]}, is {value}"
+            for section, values in new.items()
+            if isinstance(values, dict) and section not in FREE
+            for key, value in values.items()
+            if old[section][key] != value
+        ]
+        changed += [f"seed was {old['seed']}, is {new['seed']}"] if old["seed"] != new["seed"] else []
+        if changed:
+            raise ConfigError(f"cannot continue from {newest}: {'; '.join(changed)}. Choose another name=...")
+    else:  # nothing of an earlier attempt counts
+        for name in ("checkpoints", "tensorboard", HF_DIRECTORY):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / RESULTS_FILE).unlink(missing_ok=True)
+    settings.write_text(to_yaml(config), encoding="utf-8")
+    return newest
+
+
+def training_arguments(config: FinetuneConfig, processes: Processes, micro_batch: int) -> TrainingArguments:
+    """What transformers' Trainer has to know of the settings."""
+    on_cpu = processes.device.type == "cpu"
+    if on_cpu and config.training.precision == "fp16":
+        raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    # transformers allows bf16 on the CPU only with use_cpu, which would leave DeepSpeed out.
+    allowed = mock.patch.object(transformers.training_args, "is_torch_bf16_gpu_available", return_value=True)
+    with allowed if on_cpu else contextlib.nullcontext():
+        return _arguments(config, processes, micro_batch, on_cpu)
+
+
+def _arguments(config: FinetuneConfig, processes: Processes, micro_batch: int, on_cpu: bool) -> TrainingArguments:
+    training, optimizer = config.training, config.optimizer
+    return TrainingArguments(
+        output_dir=str(config.directory / "checkpoints"),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=training.batch // (micro_batch * processes.world_size),
+        per_device_eval_batch_size=training.evaluation_batch,
+        learning_rate=optimizer.lr,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.clip,
+        lr_scheduler_type=SCHEDULES[optimizer.schedule],
+        warmup_steps=optimizer.warmup,
+        label_smoothing_factor=training.label_smoothing,
+        bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        activation_checkpointing=training.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if training.activation_checkpointing else None,
+        deepspeed=deepspeed_settings(training.zero_stage, training.precision),
+        logging_steps=config.logging.every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=config.checkpoint.keep,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_pin_memory=not on_cpu,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        **(cpu_processes() if on_cpu else {}),
+    )
+
+
+def accuracy(predicted: EvalPrediction) -> dict[str, float]:
+    """The part of texts whose class is right."""
+    return {"accuracy": float(np.mean(np.argmax(predicted.predictions, -1) == predicted.label_ids))}
+
+
+def export(trainer: S2MoETrainer, target: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> None:
+    """Write the trainer's model to `target`, which is complete or as it was before. Collective."""
+    temporary, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".tmp-old-{target.name}")
+    if trainer.args.should_save:
+        for path in (temporary, old):
+            shutil.rmtree(path, ignore_errors=True)
+    trainer.save_model(str(temporary), _internal_call=True)
+    if trainer.args.should_save:
+        tokenizer.save(temporary)
+        write_json(temporary / ORIGIN_FILE, origin)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """All of it, or the file as it was."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class MetricsCallback(TrainerCallback):
+    """Figures under this project's names, in metrics.jsonl, TensorBoard and on the console. Process 0 writes."""
+
+    def __init__(self, directory: Path, routing: RoutingCallback, step: int) -> None:
+        self._directory, self._routing, self._step = directory, routing, step
+        self._metrics: MetricsLog | None = None
+        self._board: TensorBoard | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._metrics = MetricsLog(self._directory / "metrics.jsonl", self._step)
+            self._board = TensorBoard(self._directory / "tensorboard", self._step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kinds = ("loss", "eval_loss")
+        if self._metrics is None or self._board is None or not any(kind in (logs or {}) for kind in kinds):
+            return
+        values = {
+            NAMES.get(name, name): value
+            for name, value in (logs or {}).items()
+            if name in NAMES or not name.startswith(("eval_", "routing/"))
+        }
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(f"step {state.global_step}/{state.max_steps}  {shown}", flush=True)
+        self._board.scalars(state.global_step, values)
+        if "train/loss" in values:
+            values |= layer_figures(self._routing.latest)
+        self._metrics.write(state.global_step, values)
+
+    def close(self) -> None:
+        """Close the files."""
+        for sink in (self._metrics, self._board):
+            if sink is not None:
+                sink.close()
+        self._metrics = self._board = None
+
+
+class StopCallback(TrainerCallback):
+    """When a process was asked to stop by a signal, all save the same step and stop. See training/signals.py."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        asked = torch.tensor([float(stop_signal() is not None)], device=self._processes.device)
+        if self._processes.world_size > 1:
+            dist.all_reduce(asked)
+        if asked.item() > 0:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,172 @@
+"""A model card, README.md in the Hub's form: what was trained how, on what, how good it is, and from which commit."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import s2moe
+from s2moe.data.corpus import METADATA_FILE
+from s2moe.models import S2MoEConfig
+from s2moe.models.sizes import model_sizes
+from s2moe.moe.methods import METHODS
+
+CARD_FILE = "README.md"
+
+
+def write_card(
+    directory: Path, config: Any, origin: dict[str, Any], run_directory: Path | None = None, tokenizer: str = ""
+) -> Path:
+    """Write README.md into a directory that holds an exported model.
+
+    Args:
+        config: the model's configuration, with the layers' options.
+        origin: what the weights are, e.g. {"run": name, "step": n}, or {"upcycled from": path}.
+        run_directory: where they were trained, whose config.yaml and metrics.jsonl say the rest.
+        tokenizer: kind of the tokenizer that goes along.
+    """
+    step = origin.get("step")
+    run = _read_run(run_directory)
+    facts = {
+        **{name.capitalize(): value for name, value in origin.items()},
+        "Method": _method(config),
+        **_sizes(config),
+        **({"Tokenizer": tokenizer} if tokenizer else {}),
+        **_data(run),
+        **_score(run_directory, step),
+        **_training(run),
+        "Made with": f"S2MoE {s2moe.__version__}" + (f", commit {commit}" if (commit := source_commit()) else ""),
+    }
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "s2moe", config.moe_config().method],
+    }
+    text = "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {origin.get('run', directory.name)}",
+            "",
+            "A language model with sparse mixture-of-experts layers.",
+            "",
+            "| | |",
+            "| --- | --- |",
+            *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
+            "",
+            "```python",
+            "import s2moe  # registers the architecture with transformers",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline",
+            "",
+            'path = "."  # this directory, or its name on the Hub',
+            "model = AutoModelForCausalLM.from_pretrained(path)",
+            "tokenizer = AutoTokenizer.from_pretrained(path)",
+            'pipeline("text-generation", model=model, tokenizer=tokenizer)("The ", max_new_tokens=40)',
+            "```",
+            "",
+            "The layers' options:",
+            "",
+            "```json",
+            json.dumps(config.moe, indent=2),
+            "```",
+            *(
+                ["", "The run's settings:", "", "```yaml", yaml.safe_dump(run, sort_keys=False).strip(), "```"]
+                if run
+                else []
+            ),
+            "",
+        ]
+    )
+    path = directory / CARD_FILE
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def source_commit() -> str:
+    """The commit of this source tree, with "+ changes" where files differ from it; empty outside of a clone."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit + (" + changes" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def _read_run(run_directory: Path | None) -> dict[str, Any]:
+    """The run's settings as resolved, if they are there."""
+    path = run_directory / "config.yaml" if run_directory is not None else None
+    if path is None or not path.is_file():
+        return {}
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def _method(config: Any) -> str:
+    moe = config.moe_config()
+    summary = METHODS[moe.method].summary
+    return f"{moe.method} ({summary}), {moe.num_experts} experts, {moe.experts_per_token} a token"
+
+
+def _sizes(config: Any) -> dict[str, str]:
+    if not isinstance(config, S2MoEConfig):
+        return {"Architecture": config.model_type.replace("s2moe_", "") + " with SMoE layers in place of MLPs"}
+    sizes = model_sizes(config)
+    return {"Parameters": f"{sizes.total:,}, of which {sizes.active:,} take part in a token"}
+
+
+def _data(run: dict[str, Any]) -> dict[str, str]:
+    folder = (run.get("data") or {}).get("dir")
+    if not folder:
+        return {}
+    path = Path(folder) / METADATA_FILE
+    if not path.is_file():
+        return {"Data": str(folder)}
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    train = metadata["splits"].get(run["data"].get("train", "train"), {})
+    facts = {"Data": f"{metadata['name']}, {train.get('tokens', 0):,} tokens of training, `{metadata['command']}`"}
+    if metadata.get("notes"):
+        facts["Note on the data"] = " ".join(metadata["notes"])
+    return facts
+
+
+def _score(run_directory: Path | None, step: int | None) -> dict[str, str]:
+    """The last validation up to this step."""
+    path = run_directory / "metrics.jsonl" if run_directory is not None else None
+    if path is None or not path.is_file():
+        return {}
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    scored = [e for e in events if e.get("val/bpc") is not None and (step is None or e["step"] <= step)]
+    if not scored:
+        return {}
+    last = scored[-1]
+    symbols = last.get("val/symbols")
+    over = f" over {symbols:,.0f} symbols" if symbols and math.isfinite(symbols) else ""
+    return {"Validation": f"{last['val/bpc']:.4f} bits per symbol{over}, at step {last['step']:,}"}
+
+
+def _training(run: dict[str, Any]) -> dict[str, str]:
+    training = run.get("training")
+    if not training:
+        return {}
+    return {
+        "Training": f"{training['steps']:,} steps of {training['global_batch']} sequences of "
+        f"{training['sequence_length']} tokens, {training['precision']}"
+    }
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

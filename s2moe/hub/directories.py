@@ -1,0 +1,70 @@
+"""The conversions on directories, as `launcher/export.py` offers them: read a model, write another beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from s2moe.data.tokenizer_base import TOKENIZER_FILE
+from s2moe.hub.card import write_card
+from s2moe.hub.interchange import from_transformers, to_transformers
+from s2moe.hub.standalone_tokenizer import standalone_tokenizer
+from s2moe.hub.tokenization import S2MoETokenizer
+from s2moe.hub.upcycling import upcycle
+
+
+def upcycle_directory(source: Path, target: Path, **options: Any) -> Path:
+    """Write the model of ``source`` with SMoE layers to ``target``; options as those of ``upcycle``.
+
+    Raises:
+        ValueError: there is no such model, it cannot be upcycled, or ``target`` exists.
+    """
+    return _convert(source, target, lambda model: upcycle(model, **options), "upcycled from")
+
+
+def import_directory(source: Path, target: Path) -> Path:
+    """Write transformers' model of ``source`` as one of ours to ``target``; ValueError as above."""
+    return _convert(source, target, from_transformers, "converted from")
+
+
+def export_directory(source: Path, target: Path) -> Path:
+    """Write our model of ``source`` as one of transformers' own to ``target``; ValueError as above."""
+    return _convert(source, target, to_transformers, "converted from")
+
+
+def _convert(source: Path, target: Path, change: Callable[[PreTrainedModel], PreTrainedModel], how: str) -> Path:
+    if target.exists():
+        raise ValueError(f"{target} exists: give another directory")
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} is no Hugging Face directory: it has no config.json")
+    made = change(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(made, source, temporary, {"run": target.name, how: str(source)})
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    os.rename(temporary, target)
+    return target
+
+
+def _write(made: PreTrainedModel, source: Path, temporary: Path, origin: dict[str, str]) -> None:
+    made.save_pretrained(temporary)
+    _convert_tokenizer(source, temporary, leaves=not hasattr(made.config, "moe_config"))
+    if hasattr(made.config, "moe_config"):
+        write_card(temporary, made.config, origin)
+
+
+def _convert_tokenizer(source: Path, target: Path, leaves: bool) -> None:
+    """Write the tokenizer that goes along, in the library's own format where the model ``leaves`` the project."""
+    if (source / TOKENIZER_FILE).is_file():
+        ours = S2MoETokenizer.from_pretrained(source)
+        (standalone_tokenizer(ours.base, ours.model_max_length) if leaves else ours).save_pretrained(target)
+    elif (source / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(source).save_pretrained(target)

@@ -1,0 +1,173 @@
+"""Fine-tuning runs, from a configuration to the test accuracy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from s2moe import S2MoEConfig, S2MoEForSequenceClassification
+from s2moe.config import ConfigError, load
+from s2moe.config.finetune import FinetuneConfig
+from s2moe.data import load_tokenizer
+from tests.data.classification_files import glue, treebank
+from tests.distributed_harness import run_distributed
+
+from .finetune_jobs import language_model, run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "configs" / "finetune"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a small language model, hf/, and a small SST-2 in GLUE's format, glue/."""
+    directory = tmp_path_factory.mktemp("finetune")
+    language_model(directory / "hf")
+    glue(directory / "glue", (240, 60))
+    return directory
+
+
+def settings(files: Path, output: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "data.source": files / "glue",
+        "data.official": False,
+        "data.input_length": 32,
+        "model.checkpoint": files / "hf",
+        "output_dir": output,
+        "optimizer.lr": 0.01,
+        "training.epochs": 3,
+        "logging.every": 5,
+        **{key.replace("__", "."): value for key, value in more.items()},
+    }
+
+
+@pytest.mark.parametrize("name", ["sst2", "sst5", "imdb", "banking77"])
+def test_the_configurations_are_the_published_recipe(name: str) -> None:
+    config = load(FinetuneConfig, CONFIGS / f"{name}.yaml")
+    assert (config.name, config.data.task, config.data.input_length) == (name, name, 512)
+    assert config.training.batch == (4 if name == "imdb" else 16)
+    assert config.training.epochs == (50 if name == "banking77" else 5)
+    assert (config.optimizer.lr, config.model.balance_loss) == (1e-4, 0.0)
+
+
+def test_changes_of_the_model() -> None:
+    config = load(FinetuneConfig, CONFIGS / "sst2.yaml", ["model.noise=false", "model.hidden_dropout=0.1"])
+    changes = config.model_changes({"name": "topk", "balance_loss": 0.01}, ("no", "yes"))
+    assert changes["moe"] == {"router": {"balance_loss": 0.0}, "stochastic": {"enabled": False}}
+    assert S2MoEConfig(**changes).num_labels == 2
+    assert changes["hidden_dropout"] == 0.1
+    assert config.model_changes({"name": "base"}, ("no", "yes"))["moe"] == {"stochastic": {"enabled": False}}
+    config = load(FinetuneConfig, CONFIGS / "sst2.yaml", ["model.balance_loss=0.1"])
+    with pytest.raises(ConfigError, match="'base' has none"):
+        config.model_changes({"name": "base"}, ("no", "yes"))
+
+
+@pytest.mark.distributed
+def test_a_run_and_its_continuation(files: Path, tmp_path: Path) -> None:
+    """Two ranks, expert parallel 2: it learns, leaves what it promises, and an interrupted one ends the same."""
+    spread = {"training__expert_parallel": 2, "checkpoint__keep": 5}
+    chosen = settings(files, tmp_path / "whole", **spread)
+    whole = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), chosen)[0]
+    assert whole["results"]["test_accuracy"] > 0.9
+    directory = tmp_path / "whole" / "sst2"
+    assert json.loads((directory / "results.json").read_text()) == whole["results"]
+    assert whole["results"]["texts"] == {"train": 216, "validation": 24, "test": 60}
+    events = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    validated = {event["step"]: event["val/accuracy"] for event in events if "val/accuracy" in event}
+    assert len(validated) == 3
+    assert whole["results"]["validation_accuracy"] == max(validated.values())
+    assert validated[whole["results"]["best_step"]] == max(validated.values())
+    trained = [event for event in events if "train/loss" in event]
+    for event in trained:
+        assert event["train/loss"] == pytest.approx(event["train/task_loss"] + event["train/aux_loss"], rel=1e-4)
+        assert {"layer_0/load_entropy", "layer_1/infonce_loss", "lr", "grad_norm"} <= event.keys()
+    model = S2MoEForSequenceClassification.from_pretrained(directory / "hf")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.model.layers[0].moe.experts.w1.shape[0] == 4
+    assert load_tokenizer(directory / "hf").vocab_size == 256
+    assert list((directory / "tensorboard").iterdir())
+
+    chosen = settings(files, tmp_path / "stopped", **spread)
+    stopped = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), chosen, 20)[0]
+    assert stopped == {"step": 20, "results": {}}
+    again = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), chosen)[0]
+    assert again["results"] == whole["results"]
+    for name, value in load_file(tmp_path / "stopped" / "sst2" / "hf" / "model.safetensors").items():
+        assert value.equal(model.state_dict()[name]), name
+
+    changed = {**chosen, "optimizer.lr": 0.02}
+    refused = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), changed)[0]
+    assert "optimizer.lr was 0.01, is 0.02" in refused["error"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.input_length": 4096}, "data.input_length: "),
+        pytest.param({"data.official": True}, "has 67,349 / 872 texts", marks=pytest.mark.slow),
+        ({"training.batch": 3, "training.micro_batch": 2}, "training.batch: must be a multiple"),
+        pytest.param({"model.checkpoint": "absent"}, "no weights in absent", marks=pytest.mark.slow),
+        pytest.param({"checkpoint.resume": "must"}, "checkpoint.resume=must, but", marks=pytest.mark.slow),
+    ],
+)
+def test_mistakes_are_told(files: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    found = run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), {**settings(files, tmp_path), **changes})[0]
+    assert message in found["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("shape", [("bf16", 1), ("fp32", 3), ("bf16", 3)])
+def test_precisions_and_stages(files: Path, tmp_path: Path, shape: tuple[str, int]) -> None:
+    chosen = settings(files, tmp_path, training__expert_parallel=2, training__precision=shape[0])
+    chosen["training.zero_stage"] = shape[1]
+    chosen["model.freeze"] = "routers_and_experts"
+    chosen["training.epochs"] = 6
+    found = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), chosen)[0]
+    assert found["results"]["test_accuracy"] > 0.8
+    before = load_file(files / "hf" / "model.safetensors")
+    after = load_file(tmp_path / "sst2" / "hf" / "model.safetensors")
+    for name in ("model.layers.0.moe.experts.w1", "model.layers.1.moe.router.scores.weight"):
+        assert after[name].equal(before[name].to(after[name].dtype)), name
+
+
+@pytest.mark.slow
+def test_the_launcher(files: Path, tmp_path: Path) -> None:
+    treebank(tmp_path / "trees", (60, 20, 20))
+    chosen = {
+        **settings(files, tmp_path / "runs", data__source=tmp_path / "trees"),
+        "training.epochs": 1,
+        "data.max_texts": 16,
+    }
+    command = [sys.executable, str(REPOSITORY / "launcher" / "finetune.py"), "--config", str(CONFIGS / "sst5.yaml")]
+    overrides = [f"{key}={value}" for key, value in chosen.items()]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "PYTHONPATH")}
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *overrides, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    done = start()
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "runs" / "sst5" / "results.json").read_text())
+    assert f"sst5: test accuracy {100 * results['test_accuracy']:.2f} % (16 texts)" in done.stdout
+    assert "a subset: at most 16 texts of each split" in done.stdout
+    wrong = start("optimizer.lrr=1")
+    assert wrong.returncode == 2
+    assert "error: optimizer.lrr: unknown key; did you mean optimizer.lr?" in wrong.stderr
+    assert "data.input_length = int; default 512" in start("--help").stdout

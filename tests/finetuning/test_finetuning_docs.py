@@ -1,0 +1,33 @@
+"""The script in docs/finetuning.md runs, and the settings that the page names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from s2moe.config import load
+from s2moe.config.finetune import FinetuneConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+
+
+def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    found: dict[str, object] = {}
+    exec(compile(source, "docs/finetuning.md", "exec"), found)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert model.score.weight.equal(found["model"].score.weight)
+    assert list((tmp_path / "out" / "tensorboard").iterdir())
+
+
+def test_named_settings_exist() -> None:
+    named = re.findall(r"(?:model|data|training|optimizer)\.[a-z_.]+=[a-z_0-9.]+", PAGE)
+    named = [setting for setting in named if not setting.startswith("data.source")]
+    assert len(named) > 8
+    for setting in named:
+        load(FinetuneConfig, ROOT / "configs" / "finetune" / "sst2.yaml", [setting])

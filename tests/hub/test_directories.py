@@ -1,0 +1,105 @@
+"""Directories that are converted, and the cards that say what is in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from s2moe.data import ByteTokenizer
+from s2moe.hub import save_tokenizer
+from s2moe.hub.card import source_commit, write_card
+from s2moe.hub.directories import export_directory, import_directory, upcycle_directory
+from tests.hub.foreign import foreign, ids
+from tests.models.decoder import tiny
+from tests.training.jobs import tiny_corpus
+
+
+def load(path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_a_directory_is_upcycled_with_its_tokenizer_and_a_card(tmp_path: Path) -> None:
+    source, target = tmp_path / "dense", tmp_path / "sparse"
+    dense = foreign("llama", vocab_size=256)
+    dense.save_pretrained(source)
+    save_tokenizer(ByteTokenizer(), source)
+    assert upcycle_directory(source, target, method="s2moe", experts=4, slices=2) == target
+    torch.testing.assert_close(load(target)(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(target)("ab")["input_ids"] == [97, 98]
+    card = ModelCard.load(target / "README.md")
+    assert card.data.tags == ["mixture-of-experts", "s2moe"]
+    for text in (f"| Upcycled from | {source} |", "4 experts, 2 a token", "llama with SMoE layers"):
+        assert text in card.text
+    back = tmp_path / "theirs"
+    export_directory(target, back)
+    assert json.loads((back / "config.json").read_text())["model_type"] == "mixtral"
+    torch.testing.assert_close(load(back)(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-4)
+    assert not (back / "README.md").exists()
+    theirs = AutoTokenizer.from_pretrained(back)
+    assert type(theirs).__module__.startswith("transformers.")
+    assert theirs("abü")["input_ids"] == [97, 98, *"ü".encode()]
+    again = tmp_path / "ours"
+    import_directory(back, again)
+    assert json.loads((again / "config.json").read_text())["model_type"] == "s2moe"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "ours", "sparse", "theirs"]
+
+
+def test_a_directory_that_cannot_be_converted_leaves_nothing(tmp_path: Path) -> None:
+    foreign("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="is no Hugging Face directory"):
+        upcycle_directory(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(ValueError, match="dense exists: give another"):
+        upcycle_directory(tmp_path / "dense", tmp_path / "dense")
+    with pytest.raises(ValueError, match="slices must divide"):
+        upcycle_directory(tmp_path / "dense", tmp_path / "out", slices=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_the_card_of_a_run_says_what_was_done(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path / "data")
+    settings = {
+        "data": {"dir": str(corpus), "train": "train"},
+        "training": {"steps": 60, "global_batch": 4, "sequence_length": 32, "precision": "fp32"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    events = [
+        {"step": 30, "val/bpc": 4.0},
+        {"step": 40, "train/loss": 2.0},
+        {"step": 60, "val/bpc": 3.21, "val/symbols": 600},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    config = tiny("s2moe", vocab_size=256).config
+    write_card(hf, config, {"run": "tiny", "step": 60}, tmp_path, "byte")
+    card = ModelCard.load(hf / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    for text in (
+        "# tiny",
+        "| Step | 60 |",
+        "| Method | s2moe (S2MoE, flop-matched",
+        "| Tokenizer | byte |",
+        "| Data | tiny, 6,000 tokens of training",
+        "| Validation | 3.2100 bits per symbol over 600 symbols, at step 60 |",
+        "| Training | 60 steps of 4 sequences of 32 tokens, fp32 |",
+        '"num_experts": 4',
+        "global_batch: 4",
+    ):
+        assert text in card.content, text
+    earlier = write_card(hf, config, {"run": "tiny", "step": 50}, tmp_path).read_text()
+    assert "4.0000 bits per symbol, at step 30" in earlier
+    bare = write_card(hf, config, {}).read_text()
+    assert "Validation" not in bare
+    assert "# hf" in bare
+
+
+def test_the_commit_is_this_tree_s() -> None:
+    commit = source_commit()
+    assert commit == "" or len(commit.split()[0]) == 40
