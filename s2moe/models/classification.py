@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple
 
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.modeling import S2MoEModel, S2MoEPreTrainedModel
@@ -40,6 +41,7 @@ class S2MoEForSequenceClassification(S2MoEPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -79,6 +81,7 @@ class S2MoEForSequenceClassification(S2MoEPreTrainedModel):
             use_cache=False if use_cache is None else use_cache,
             context=context,
             experts_per_token=experts_per_token,
+            return_dict=True,
             **kwargs,
         )
         logits_BC = self.score(last_real(outputs.last_hidden_state, attention_mask))

@@ -33,6 +33,7 @@ REFUSED = {  # methods of which no token's weights need sum to the same, or that
     "xmoe": "the weights of a token sum to",
     "xmoe_sigmoid": "the weights of a token sum to",
     "expert_choice": "the weights of a token sum to",
+    "vmoe": "the weights of a token sum to",
     "sbase": "the weights of a token sum to",
     "base": "the weights of a token sum to",
     "stablemoe": "only S2MoEForCausalLM's blocks",
