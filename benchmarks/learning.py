@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import stopwatch
 from s2moe import S2MoEConfig, S2MoEForCausalLM
 from s2moe.data import Corpus, WindowSampler
 from s2moe.models.sizes import model_sizes
 from s2moe.moe.routing import RoutingContext
 from s2moe.training.evaluation import Protocol, evaluate
+from s2moe.training.stopwatch import stopwatch
 
 WARM_UP = 20  # steps
 

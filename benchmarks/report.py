@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -15,13 +14,14 @@ from typing import Any
 import torch
 
 from benchmarks.comparison import Row, Summary
+from s2moe.training.hardware import device_name
 
 
 def header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """When, where and with what: taken before anything is timed."""
     facts: dict[str, Any] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -33,15 +33,6 @@ def header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = None
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 def header_text(facts: dict[str, Any]) -> str:

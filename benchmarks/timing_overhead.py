@@ -71,6 +71,7 @@ def main() -> None:
     from s2moe.config.run import RunConfig
     from s2moe.training.checkpoint import TrainingState
     from s2moe.training.engine import build_engine
+    from s2moe.training.feed import TextFeed
     from s2moe.training.loop import TrainingLoop
     from s2moe.training.processes import start_processes, stop_processes
     from s2moe.training.timing import Timing
@@ -83,10 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         timing = Timing(config, engine.module, processes, Path(directory), print)
         sampler: Any = RandomTokens(model_config.vocab_size, config.training.sequence_length)
+        feed = TextFeed(config, processes, sampler, bits_per_nat=1.0)
         unused: Any = None
-        loop = TrainingLoop(
-            config, engine, processes, sampler, TrainingState(), unused, timing, 1.0, unused, unused, unused
-        )
+        loop = TrainingLoop(config, engine, processes, feed, TrainingState(), unused, timing, unused, unused, unused)
         engine.train()
         seconds: dict[str, list[tuple[float, float]]] = {"without": [], "with": [], "sampled": []}
         for number in range(2 * options.steps + 10):

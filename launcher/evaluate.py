@@ -57,38 +57,12 @@ def probability(text: str) -> float:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    from s2moe.training.evaluation import PROTOCOLS
-    from s2moe.training.windows import LEGACY_PROTOCOLS
-
-    legacy = "; ".join(f"{name}: {text}" for name, (_, text) in LEGACY_PROTOCOLS.items())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, hf/ directory or checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="prepared corpus")
     parser.add_argument("--split", help="split to score (default: test; with --report: valid)")
     parser.add_argument("--experts-per-token", type=positive, help="k' experts per token instead of the trained number")
-    parser.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="sliding",
-        help=f"sliding (default): every symbol scored once with --context tokens before it; {legacy}",
-    )
-    parser.add_argument("--context", type=positive, default=512, help="tokens before every scored one (default: 512)")
-    parser.add_argument("--segment", type=positive, default=512, help="tokens scored per window (default: 512)")
-    parser.add_argument("--batch", type=positive, default=16, help="windows per forward pass (default: 16)")
-    parser.add_argument(
-        "--max-symbols", type=positive, help="score only the first so many tokens (default: all; with --report: 100000)"
-    )
-    parser.add_argument(
-        "--attention-window",
-        type=not_negative,
-        help="tokens that a token attends to (default: the training sequence length; 0: the whole window)",
-    )
-    parser.add_argument(
-        "--drop-newlines",
-        action="store_true",
-        help="leave newline bytes out of the stream, as the l1 lineage's enwik8 loader does",
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    add_scoring_arguments(parser, "all; with --report: 100000")
     add_corruption_arguments(parser)
     add_report_arguments(parser)
     options = parser.parse_args(arguments)
@@ -102,6 +76,35 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.report and options.max_symbols is None:
         options.max_symbols = 100_000
     return options
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser, most: str) -> None:
+    """How a split is scored. ``most``: how much of it by default."""
+    from s2moe.training.evaluation import PROTOCOLS
+    from s2moe.training.windows import LEGACY_PROTOCOLS
+
+    legacy = "; ".join(f"{name}: {text}" for name, (_, text) in LEGACY_PROTOCOLS.items())
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="sliding",
+        help=f"sliding (default): every symbol scored once with --context tokens before it; {legacy}",
+    )
+    parser.add_argument("--context", type=positive, default=512, help="tokens before every scored one (default: 512)")
+    parser.add_argument("--segment", type=positive, default=512, help="tokens scored per window (default: 512)")
+    parser.add_argument("--batch", type=positive, default=16, help="windows per forward pass (default: 16)")
+    parser.add_argument("--max-symbols", type=positive, help=f"score only the first so many tokens (default: {most})")
+    parser.add_argument(
+        "--attention-window",
+        type=not_negative,
+        help="tokens that a token attends to (default: the training sequence length; 0: the whole window)",
+    )
+    parser.add_argument(
+        "--drop-newlines",
+        action="store_true",
+        help="leave newline bytes out of the stream, as the l1 lineage's enwik8 loader does",
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 
 def add_corruption_arguments(parser: argparse.ArgumentParser) -> None:

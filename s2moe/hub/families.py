@@ -141,7 +141,7 @@ class SparseConfigMixin(_Theirs):
     """A configuration of transformers with ``moe``, the resolved options of ``s2moe.moe.config``."""
 
     moe: dict[str, Any] | None
-    keys_to_ignore_at_inference = ["past_key_values", "routing"]
+    keys_to_ignore_at_inference = ["past_key_values", "routing", "task_loss", "aux_loss"]
     base_model_tp_plan = None  # theirs are for the MLPs that are gone
     base_model_ep_plan = None
 

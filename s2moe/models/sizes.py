@@ -49,7 +49,7 @@ class ModelSizes:
         return self.macs_per_token + self.attention_macs_per_position * context_length
 
 
-def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> ModelSizes:
+def model_sizes(config: S2MoEConfig, experts_per_token: float | None = None) -> ModelSizes:
     """Count ``config``'s model; ``experts_per_token`` is the k' of a slimmed inference."""
     moe = config.moe_config()
     width, layers = config.hidden_size, config.num_hidden_layers
@@ -59,20 +59,28 @@ def model_sizes(config: S2MoEConfig, experts_per_token: int | None = None) -> Mo
     training_choices = experts_per_token or router.mean_choices(training=True)
     matrices = 3 if moe.expert_form == "gated" else 2
     bias = 0 if moe.expert_form == "gated" else 1
+    out_bias = width if moe.expert_form == "mlp_biases" else 0
 
     heads = config.attention_shape()
     heads_width = heads.query_heads * heads.width
     attention = layers * width * 2 * (heads_width + heads.value_heads * heads.width)
-    dense_mlp = (layers - sparse) * (matrices * width + bias) * config.intermediate_size
-    shared = sparse * moe.shared_experts * (matrices * width + bias) * moe.expert_hidden
-    expert = (matrices * width + bias) * moe.expert_hidden
+    dense_mlp = (layers - sparse) * ((matrices * width + bias) * config.intermediate_size + out_bias)
+    shared = sparse * (moe.shared_experts * (matrices * width + bias) * moe.expert_hidden)
+    shared += sparse * out_bias * (moe.shared_experts > 0)
+    expert = (matrices * width + bias) * moe.expert_hidden + out_bias
     router_parameters = sum(parameter.numel() for parameter in router.parameters())
     gate = (width + 1) if moe.stochastic.enabled else 0
     head = config.vocab_size * width
 
     one_expert_macs = sparse * matrices * width * moe.expert_hidden
     router_macs = sparse * router.macs_per_token()
-    other_macs = attention + dense_mlp + shared + head
+    # Biases are parameters and no products.
+    dense_macs = (
+        matrices
+        * width
+        * ((layers - sparse) * config.intermediate_size + sparse * moe.shared_experts * moe.expert_hidden)
+    )
+    other_macs = attention + dense_macs + head
     passes = 2 if moe.stochastic.enabled else 1
     training_macs = other_macs + passes * (round(training_choices * one_expert_macs) + router_macs)
     losers = (moe.num_experts - training_choices) * matrices * width * moe.expert_hidden  # a competition computes them

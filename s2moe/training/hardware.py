@@ -1,8 +1,10 @@
-"""Peak speeds that MFU (the fraction of the peak that the model's own FLOPs reach) is measured against."""
+"""Names of devices, and the peak speeds that MFU (the part that the model's own FLOPs reach) is measured against."""
 
 from __future__ import annotations
 
+import platform
 import re
+from pathlib import Path
 
 import torch
 
@@ -46,3 +48,15 @@ def peak_flops_of(name: str, precision: str) -> float | None:
         if re.search(rf"\b{re.escape(part)}\b", name):
             return single if precision == "fp32" else half
     return None
+
+
+def device_name(device: torch.device) -> str:
+    """What times were measured on: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -26,12 +26,12 @@ from s2moe.metrics.load import dead_experts
 from s2moe.metrics.similarity import SIGMA
 
 from . import metrics_log
-from .evaluation import Protocol, evaluate
 from .export import HF_DIRECTORY
 from .probe import LayerProbe, ProbeSet, cross_layer, probe, warnings
 from .probe_files import PROBES, Assignments, changes, read_all
 from .report_plots import draw_report
-from .standalone import Loaded, load_model_and_split, protocol_of
+from .slim import slimmability
+from .standalone import load_model_and_split, protocol_of
 from .weights import Weights
 
 REPORT_FILE = "collapse.json"
@@ -131,31 +131,6 @@ def training_events(run: Path) -> list[Event]:
     if not events:
         raise ConfigError(f"{run / 'metrics.jsonl'} has no training event")
     return events
-
-
-def slimmability(loaded: Loaded, choices: Sequence[int], protocol: Protocol, trained: int) -> dict[str, Any]:
-    """Bits per character at k' experts per token, of the same weights.
-
-    Some routers know only some k': those are left out, with the router's reason.
-    """
-    bpc, left_out, symbols = {}, {}, 0.0
-    experts = loaded.model.config.moe_config().num_experts
-    for number in sorted({*choices, trained}):
-        if number > experts:
-            left_out[str(number)] = f"there are {experts} experts"
-            continue
-        at = Protocol(**{**vars(protocol), "experts_per_token": None if number == trained else number})
-        try:
-            score = evaluate(loaded.model, loaded.stream, loaded.corpus.metadata.vocab_size, at, loaded.device)
-        except ValueError as error:
-            if number == trained:
-                raise ConfigError(str(error)) from error
-            left_out[str(number)] = str(error)
-            continue
-        bpc[str(number)], symbols = score.bits_per_symbol, score.symbols
-    return {"bpc": bpc, "trained": trained, "left_out": left_out, "symbols": symbols} | {
-        name: getattr(protocol, name) for name in ("name", "context", "segment", "attention_window")
-    }
 
 
 def fluctuations(kept: Sequence[Assignments]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from s2moe.config.run import RunConfig
+from s2moe.config.run import Run
 from s2moe.moe.layer import SMoELayer
 from s2moe.moe.routing import LayerStatistics
 from s2moe.parallel import ExpertParallel
@@ -46,7 +46,7 @@ class Timing:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: Run,
         model: torch.nn.Module,
         processes: Processes,
         directory: Path,

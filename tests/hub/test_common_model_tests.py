@@ -20,7 +20,9 @@ NOT_IN_THE_DISTRIBUTION = {  # what test_modeling_common.py imports beside itsel
 }
 # The first wants the mixin for `generate`, which is not there; test_standard_tools.py has `generate`. The second wants
 # reentrant checkpointing, which our models refuse, since it would lose the auxiliary losses' gradient.
-LEFT_OUT = "not test_generation_tester_mixin_inheritance and not test_training_gradient_checkpointing_use_reentrant_true"
+LEFT_OUT = (
+    "not test_generation_tester_mixin_inheritance and not test_training_gradient_checkpointing_use_reentrant_true"
+)
 
 
 @pytest.fixture(scope="module")

@@ -157,6 +157,7 @@ def test_a_trainer_needs_nothing_of_ours(tmp_path: Any) -> None:
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator)
         assert trainer.model_accepts_loss_kwargs
+        assert trainer.predict(rows).predictions.shape == (8, 12, model.config.vocab_size)  # logits, nothing else
         before = [block.moe.router.scores.weight.clone() for block in sparse_blocks(model)]
         trainer.train()
         after = [block.moe.router.scores.weight for block in sparse_blocks(model)]

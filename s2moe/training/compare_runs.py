@@ -1,0 +1,120 @@
+"""Runs side by side, from what their directories hold: `launcher/compare.py runs`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from s2moe.config import ConfigError, load
+from s2moe.config.run import RunConfig
+from s2moe.models.configuration import S2MoEConfig
+from s2moe.models.sizes import model_sizes
+
+from . import metrics_log
+from .slim import distinct_labels
+from .weights import checkpoint_config, find_weights
+
+REPORT_FILE, TABLE_FILE, FIGURE_FILE = "runs.json", "runs.md", "runs.png"
+
+
+def compare_runs(paths: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write table, figures and JSON; returns the report with its files' paths.
+
+    Raises:
+        ConfigError: a run cannot be read, has no validation yet, or the runs' figures do not compare.
+    """
+    runs = [read(label, path) for label, path in zip(distinct_labels(paths), paths, strict=True)]
+    first = runs[0]
+    for run in runs[1:]:
+        if run["corpus"] != first["corpus"]:
+            raise ConfigError(
+                f"{run['label']} was validated on {run['corpus']}, {first['label']} on {first['corpus']}: their "
+                "figures do not compare"
+            )
+    report = {"corpus": first["corpus"], "runs": runs}
+    files = [out / name for name in (REPORT_FILE, TABLE_FILE, FIGURE_FILE)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        files[1].write_text(table(report), encoding="utf-8")
+        draw(files[2], report)
+    except OSError as error:
+        raise ConfigError(f"cannot write the comparison to {out}: {error}") from error
+    return report | {"files": [str(path) for path in files]}
+
+
+def read(label: str, path: Path) -> dict[str, Any]:
+    """The figures of a run.
+
+    Raises:
+        ConfigError: it cannot be read, or has no validation yet.
+    """
+    try:
+        events = metrics_log.read(path / "metrics.jsonl")
+        config = load(RunConfig, path / "config.yaml")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no run of launcher/pretrain.py that can be read: {error}") from error
+    training = [event for event in events if "train/loss" in event]
+    validation = [event for event in events if "val/bpc" in event]
+    if not training or not validation:
+        raise ConfigError(f"{path} has no validation yet")
+    tokens_a_step = config.training.global_batch * config.training.sequence_length
+    weights = find_weights(path)
+    saved = weights.checkpoint
+    model = S2MoEConfig.from_pretrained(weights.hf) if saved is None else checkpoint_config(saved)
+    sizes = model_sizes(model)
+    return {
+        "label": label,
+        "method": model.moe_config().method,
+        "corpus": [Path(config.data.dir).name, config.data.validation],
+        "step": validation[-1]["step"],
+        "steps": config.training.steps,
+        "tokens": validation[-1]["step"] * tokens_a_step,
+        "bpc": validation[-1]["val/bpc"],
+        "symbols": validation[-1]["val/symbols"],
+        "parameters": sizes.total,
+        "active": sizes.active,
+        "tokens_per_second": statistics.median(event["tokens_per_second"] for event in training),
+        "curve": [[event["step"] * tokens_a_step, event["val/bpc"]] for event in validation],
+        "training_curve": [[event["step"] * tokens_a_step, event["train/bpc"]] for event in training],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A Markdown table, one row a run."""
+    lines = [
+        "| run | method | bits per character | scored | parameters, M (active) | tokens, M | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in report["runs"]:
+        unfinished = "" if run["step"] == run["steps"] else f" (step {run['step']:,} of {run['steps']:,})"
+        lines.append(
+            f"| {run['label']} | {run['method']} | {run['bpc']:.4f}{unfinished} | {run['symbols']:,.0f} | "
+            f"{run['parameters'] / 1e6:.3g} ({run['active'] / 1e6:.3g}) | {run['tokens'] / 1e6:.4g} | "
+            f"{run['tokens_per_second']:,.0f} |"
+        )
+    corpus, split = report["corpus"]
+    return "\n".join([*lines, "", f"Last validation on {split} of {corpus}; tokens/s: median of the log.", ""])
+
+
+def draw(path: Path, report: dict[str, Any]) -> None:
+    """Validation against tokens, and faintly training."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window system needed
+    from matplotlib import pyplot
+
+    canvas, axis = pyplot.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for run in report["runs"]:
+        (line,) = axis.plot(*zip(*run["curve"], strict=True), "o-", ms=4, label=f"{run['label']}, {run['bpc']:.3f}")
+        axis.plot(*zip(*run["training_curve"], strict=True), lw=0.7, alpha=0.4, color=line.get_color())
+    lowest = min(bits for run in report["runs"] for _, bits in run["curve"])
+    highest = max(bits for run in report["runs"] for _, bits in run["training_curve"])
+    axis.set(xlabel="tokens", ylabel="bits per character", ylim=(0.9 * lowest, min(highest, 3 * lowest)))
+    axis.set_title("dots: validation, thin: training", fontsize=9)
+    axis.legend(frameon=False)
+    canvas.savefig(path, dpi=110)
+    pyplot.close(canvas)

@@ -1,0 +1,107 @@
+"""What `launcher/compare.py slim` leaves: slim.json, slim.md and slim.png."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from s2moe.config import ConfigError
+
+REPORT_FILE, TABLE_FILE, FIGURE_FILE = "slim.json", "slim.md", "slim.png"
+
+
+def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
+    """Write the three files and return their paths.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    paths = [out / name for name in (REPORT_FILE, TABLE_FILE, FIGURE_FILE)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        paths[0].write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        paths[1].write_text(table(report), encoding="utf-8")
+        draw(paths[2], report)
+    except OSError as error:
+        raise ConfigError(f"cannot write the report to {out}: {error}") from error
+    return paths
+
+
+def table(report: dict[str, Any]) -> str:
+    """A Markdown table, one row a checkpoint and k', and what its figures mean. The trained k is bold."""
+    names = list(report["conventions"])
+    lines = [
+        f"| checkpoint | k' | bits per {report['symbol']} | "
+        + " | ".join(f"MACs, {name} (M)" for name in names)
+        + " | latency, ms | × trained |",
+        "| --- " * (5 + len(names)) + "|",
+    ]
+    for checkpoint in report["checkpoints"]:
+        for point in checkpoint["points"]:
+            number = str(point["experts_per_token"])
+            k = f"**{number}**" if point["experts_per_token"] == checkpoint["trained"] else number
+            macs = [f"{point['macs'][name] / 1e6:.3g} ({point['macs_ratio'][name]:.2f})" for name in names]
+            lines.append(
+                f"| {checkpoint['label']} | {k} | {point['bpc']:.4f} | {' | '.join(macs)} | "
+                f"{point['ms']:.1f} ± {point['spread_ms']:.1f} | {point['latency_ratio']:.2f} |"
+            )
+    return "\n".join([*lines, "", *(f"* {note}" for note in notes(report))]) + "\n"
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What was measured and counted, and what was left out."""
+    first, hardware, protocol = report["checkpoints"][0], report["hardware"], report["protocol"]
+    repeats = first["points"][0]["repeats"]
+    lines = [
+        f"Bits per {report['symbol']} of {report['split']} of {report['corpus']}, {report['symbols']:,.0f} "
+        f"{report['symbol']}s, protocol {protocol['name']}. Bold: the k trained with, to which ratios refer.",
+        f"MACs: multiply-accumulates of one token, millions, attending to half of {first['latency_tokens']} positions "
+        "on average, and their ratio. " + "; ".join(f"{name}: {text}" for name, text in report["conventions"].items()),
+        f"Latency: one forward pass of {first['latency_batch']} x {first['latency_tokens']} tokens, median and "
+        f"interquartile range of {repeats} rounds in which the k' take turns; the ratio is the median of the rounds'. "
+        f"{hardware['device']}, {hardware['threads']} threads, torch {hardware['torch']}.",
+    ]
+    for checkpoint in report["checkpoints"]:
+        lines += [f"{checkpoint['label']}, k' = {k} left out: {why}." for k, why in checkpoint["left_out"].items()]
+        lines += [
+            f"{checkpoint['label']}, k' = {point['experts_per_token']}: {point['mean_experts']:.2f} experts a token."
+            for point in checkpoint["points"]
+            if abs(point["mean_experts"] - point["experts_per_token"]) > 0.005
+        ]
+    return lines
+
+
+def draw(path: Path, report: dict[str, Any]) -> None:
+    """Bits per symbol against multiply-accumulates and against latency, a curve a checkpoint."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window system needed
+    from matplotlib import pyplot
+
+    canvas, (macs, latency) = pyplot.subplots(1, 2, figsize=(10.5, 4), sharey=True, layout="constrained")
+    for checkpoint in report["checkpoints"]:
+        points = checkpoint["points"]
+        bits = [point["bpc"] for point in points]
+        trained = [point["experts_per_token"] for point in points].index(checkpoint["trained"])
+        for axis, values in (
+            (macs, [point["macs"]["model"] / 1e6 for point in points]),
+            (latency, [point["ms"] for point in points]),
+        ):
+            (line,) = axis.plot(values, bits, "o-", ms=4, label=checkpoint["label"])
+            axis.plot(values[trained], bits[trained], "o", ms=10, mfc="none", color=line.get_color())
+            for point, value in zip(points, values, strict=True):
+                axis.annotate(
+                    f"{point['experts_per_token']}",
+                    (value, point["bpc"]),
+                    textcoords="offset points",
+                    xytext=(4, 5),
+                    fontsize=8,
+                )
+    first = report["checkpoints"][0]
+    macs.set(xlabel="multiply-accumulates of a token, millions (whole model)", ylabel=f"bits per {report['symbol']}")
+    latency.set(xlabel=f"ms, forward of {first['latency_batch']} x {first['latency_tokens']} tokens")
+    macs.set_title("numbers: experts per token k'; circle: as trained", fontsize=9)
+    macs.legend(frameon=False)
+    canvas.savefig(path, dpi=110)
+    pyplot.close(canvas)
