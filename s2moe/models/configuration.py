@@ -80,7 +80,10 @@ class S2MoEConfig(PreTrainedConfig):
                 f"(a dense model on purpose: moe.first_dense={self.num_hidden_layers})"
             )
         self._complete(moe)
-        meta_router(moe, self.hidden_size)  # raises where its options and the model's sizes do not fit together
+        router = meta_router(moe, self.hidden_size)  # raises where its options and the model's sizes do not fit
+        refusal = router.refuses_causal()
+        if refusal:
+            raise ValueError(f"moe.router.name={moe.router['name']} in a causal language model: {refusal}")
         self.moe = asdict(moe)
         super().__post_init__(**kwargs)
         rope_type, known = (self.rope_parameters or {})["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)

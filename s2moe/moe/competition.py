@@ -93,7 +93,8 @@ class CompetitiveSMoELayer(SMoELayer):
         logits_TE = self.router.scores(hidden_TD)
 
         pairs = all_pairs(tokens, num_experts, hidden_TD.device)
-        out_TED = expert_outputs(hidden_TD, pairs, self.experts, self.parallel).view(tokens, num_experts, -1)
+        out_ND = expert_outputs(hidden_TD, pairs, self.experts, self.parallel, self.dropout_key(context))
+        out_TED = out_ND.view(tokens, num_experts, -1)
         affinity_TE = F.softplus(full_precision(out_TED)).mean(-1)
         prob_TE = affinity_TE.softmax(-1)
         winner_TK = affinity_TE.detach().topk(self.router.choices(context), dim=-1).indices

@@ -101,8 +101,14 @@ class MoEConfig:
     num_experts: int = option(16, "experts of a layer")
     experts_per_token: int = option(2, "k: experts of a token")
     expert_hidden: int = option(512, "hidden width of an expert")
-    expert_form: str = option("gated", "gated: W2(act(W1 x) * W3 x); mlp: W2 act(W1 x + b)", choices=FORMS)
+    expert_form: str = option(
+        "gated",
+        "gated: W2(act(W1 x) * W3 x); mlp: W2 act(W1 x + b); mlp_biases: W2 act(W1 x + b1) + b2",
+        choices=FORMS,
+    )
     activation: str = option("silu", "activation of the experts", choices=ACTIVATIONS)
+    expert_dropout: float = option(0.0, "dropout of an expert's activation and output, in training")
+    shared_start: bool = option(False, "all experts of a layer start with the same weights (V-MoE)")
     shared_experts: int = option(0, "experts every token sees besides its own, as one MLP of so many times the width")
     every: int = option(1, "every n-th layer is an SMoE layer, the others are dense")
     first_dense: int = option(0, "so many first layers are dense")
@@ -122,6 +128,8 @@ class MoEConfig:
         for name, least in (("expert_hidden", 1), ("every", 1), ("shared_experts", 0), ("first_dense", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.expert_dropout < 1:
+            raise ValueError(f"expert_dropout must lie in [0, 1), got {self.expert_dropout}")
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) is an SMoE layer: every n-th after the first dense ones."""

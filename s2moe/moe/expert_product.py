@@ -55,16 +55,20 @@ def expert_product(
     form: str,
     activation: str,
     backend: str = "auto",
+    factor_NF: Tensor | None = None,
 ) -> Tensor:
     """Each row through its own expert's MLP, times the row's weight, [N, D].
 
-    gated: W2 (weight · act(W1 x) ⊙ W3 x);  mlp: W2 (weight · act(W1 x + w3)).
+    gated: W2 (weight · act(W1 x) ⊙ W3 x);  mlp: W2 (weight · act(W1 x + w3));
+    mlp_biases: W2 (weight · act(W1 x + b1)) + weight · b2, with b1 and b2 one after the other in w3.
     The weight multiplies the hidden activation: the same by linearity, and no [N, D] tensor has to be
     kept for its gradient.
 
     Args:
         counts_E: rows of each expert, in order; they sum to N.
-        w3: [E, F, D] in the gated form, the hidden bias [E, 1, F] in the mlp form.
+        w3: [E, F, D] in the gated form, the hidden bias [E, 1, F] in the mlp form, both biases [E, 1, F + D] in the
+            mlp_biases form.
+        factor_NF: further factors of the hidden activation, constant: dropout.
         backend: "loop", "grouped", "every", or "auto": every in a program that torch.export makes, grouped where
             it has its fast kernel, else loop.
     """
@@ -74,10 +78,10 @@ def expert_product(
         else:
             backend = "grouped" if has_grouped_kernel(rows_ND) else "loop"
     if backend == "grouped":
-        return _grouped(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
+        return _grouped(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation, factor_NF)
     if backend == "every":
-        return _every(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
-    return _loop(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation)
+        return _every(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation, factor_NF)
+    return _loop(rows_ND, counts_E, weight_N, w1_EFD, w2_EDF, w3, form, activation, factor_NF)
 
 
 @torch.compiler.disable  # it would be compiled anew for every other number of rows of an expert
@@ -90,8 +94,9 @@ def _loop(
     w3: Tensor,
     form: str,
     activation: str,
+    factor_NF: Tensor | None,
 ) -> Tensor:
-    return _Loop.apply(rows_ND, counts_E.tolist(), weight_N, w1_EFD, w2_EDF, w3, form == "gated", activation)
+    return _Loop.apply(rows_ND, counts_E.tolist(), weight_N, w1_EFD, w2_EDF, w3, form, activation, factor_NF)
 
 
 def has_grouped_kernel(rows_ND: Tensor) -> bool:
@@ -113,6 +118,7 @@ def _grouped(
     w3: Tensor,
     form: str,
     activation: str,
+    factor_NF: Tensor | None,
 ) -> Tensor:
     for name, width in (("hidden_size", rows_ND.shape[1]), ("expert_hidden", w1_EFD.shape[1])):
         if width * rows_ND.element_size() % 16:
@@ -127,10 +133,16 @@ def _grouped(
         hidden_NF = act(up_NF) * F.grouped_mm(rows_ND, w3.transpose(1, 2), offs=ends_E)
     else:
         expert_N = torch.searchsorted(ends_E, torch.arange(len(rows_ND), device=ends_E.device), right=True)
-        hidden_NF = act(up_NF + w3[:, 0].index_select(0, expert_N))
+        hidden_NF = act(up_NF + w3[:, 0, : up_NF.shape[1]].index_select(0, expert_N))
+    if factor_NF is not None:
+        hidden_NF = hidden_NF * factor_NF
     if weight_N is not None:
         hidden_NF = hidden_NF * weight_N.to(hidden_NF.dtype)[:, None]
-    return F.grouped_mm(hidden_NF, w2_EDF.transpose(1, 2), offs=ends_E)
+    out_ND = F.grouped_mm(hidden_NF, w2_EDF.transpose(1, 2), offs=ends_E)
+    if form == "mlp_biases":
+        bias_ND = w3[:, 0, up_NF.shape[1] :].index_select(0, expert_N)
+        out_ND = out_ND + (bias_ND if weight_N is None else bias_ND * weight_N.to(bias_ND.dtype)[:, None])
+    return out_ND
 
 
 def _every(
@@ -142,6 +154,7 @@ def _every(
     w3: Tensor,
     form: str,
     activation: str,
+    factor_NF: Tensor | None,
 ) -> Tensor:
     act = ACTIVATION_FUNCTIONS[activation]
     expert_N1 = torch.searchsorted(
@@ -150,10 +163,20 @@ def _every(
     out_ND = torch.zeros_like(rows_ND)
     for expert in range(len(w1_EFD)):
         first_NF = rows_ND @ w1_EFD[expert].T
-        hidden_NF = act(first_NF) * (rows_ND @ w3[expert].T) if form == "gated" else act(first_NF + w3[expert])
+        width = first_NF.shape[1]
+        if form == "gated":
+            hidden_NF = act(first_NF) * (rows_ND @ w3[expert].T)
+        else:
+            hidden_NF = act(first_NF + w3[expert, :, :width])
+        if factor_NF is not None:
+            hidden_NF = hidden_NF * factor_NF
         if weight_N is not None:
             hidden_NF = hidden_NF * weight_N.to(hidden_NF.dtype)[:, None]
-        out_ND = torch.where(expert_N1 == expert, hidden_NF @ w2_EDF[expert].T, out_ND)
+        own_ND = hidden_NF @ w2_EDF[expert].T
+        if form == "mlp_biases":
+            bias_1D = w3[expert, :, width:]
+            own_ND = own_ND + (bias_1D if weight_N is None else bias_1D * weight_N.to(bias_1D.dtype)[:, None])
+        out_ND = torch.where(expert_N1 == expert, own_ND, out_ND)
     return out_ND
 
 
@@ -177,10 +200,11 @@ class _Loop(torch.autograd.Function):
         w1_EFD: Tensor,
         w2_EDF: Tensor,
         w3: Tensor,
-        gated: bool,
+        form: str,
         activation: str,
+        factor_NF: Tensor | None,
     ) -> Tensor:
-        act = ACTIVATION_FUNCTIONS[activation]
+        act, gated, width = ACTIVATION_FUNCTIONS[activation], form == "gated", w1_EFD.shape[1]
         out_ND = rows_ND.new_empty(rows_ND.shape[0], w2_EDF.shape[1])
         first_NF = rows_ND.new_empty(rows_ND.shape[0], w1_EFD.shape[1])
         second_NF = torch.empty_like(first_NF) if gated else None
@@ -192,19 +216,25 @@ class _Loop(torch.autograd.Function):
                 torch.mm(rows_ND[own], w3[expert].T, out=second)
                 hidden = act(first).mul_(second)
             else:
-                torch.addmm(w3[expert], rows_ND[own], w1_EFD[expert].T, out=first)
+                torch.addmm(w3[expert, :, :width], rows_ND[own], w1_EFD[expert].T, out=first)
                 hidden = act(first)
+            if factor_NF is not None:
+                hidden.mul_(factor_NF[own])
             if weight_N is not None:
                 hidden.mul_(weight_N[own, None])
             torch.mm(hidden, w2_EDF[expert].T, out=out_ND[own])
-        ctx.counts, ctx.gated, ctx.activation = counts, gated, activation
-        ctx.save_for_backward(rows_ND, weight_N, first_NF, second_NF, w1_EFD, w2_EDF, w3)
+            if form == "mlp_biases":
+                bias_1D = w3[expert, :, width:]
+                out_ND[own] += bias_1D if weight_N is None else bias_1D * weight_N[own, None]
+        ctx.counts, ctx.form, ctx.activation = counts, form, activation
+        ctx.save_for_backward(rows_ND, weight_N, first_NF, second_NF, w1_EFD, w2_EDF, w3, factor_NF)
         return out_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, weight_N, first_NF, second_NF, w1_EFD, w2_EDF, w3 = ctx.saved_tensors
+        rows_ND, weight_N, first_NF, second_NF, w1_EFD, w2_EDF, w3, factor_NF = ctx.saved_tensors
+        gated, width = ctx.form == "gated", w1_EFD.shape[1]
         act, act_backward = ACTIVATION_FUNCTIONS[ctx.activation], ACTIVATION_GRADIENTS[ctx.activation]
         grad_rows_ND = torch.empty_like(rows_ND) if ctx.needs_input_grad[0] else None
         grad_weight_N = torch.empty_like(weight_N) if weight_N is not None else None
@@ -218,17 +248,26 @@ class _Loop(torch.autograd.Function):
         for expert, own in _slices(ctx.counts):
             rows, grad, first = rows_ND[own], grad_ND[own], first_NF[own]
             activated = act(first)
-            hidden = activated * second_NF[own] if ctx.gated else activated
+            hidden = activated * second_NF[own] if gated else activated
+            if factor_NF is not None:
+                hidden = hidden * factor_NF[own]
             grad_hidden = grad @ w2_EDF[expert]
+            if ctx.form == "mlp_biases" and grad_w3 is not None:
+                weighted = grad if weight_N is None else grad * weight_N[own, None]
+                grad_w3[expert, 0, width:] = weighted.sum(0)
             if weight_N is not None and grad_weight_N is not None:
                 grad_weight_N[own] = torch.linalg.vecdot(full_precision(grad_hidden), full_precision(hidden))
+                if ctx.form == "mlp_biases":
+                    grad_weight_N[own] += full_precision(grad) @ full_precision(w3[expert, 0, width:])
                 weight = weight_N[own, None]
                 # `hidden` may be `activated` itself, which the mlp form does not need again.
                 hidden = hidden.mul_(weight)
                 grad_hidden.mul_(weight)
             if grad_w2 is not None:
                 torch.mm(grad.T, hidden, out=grad_w2[expert])
-            if ctx.gated:
+            if factor_NF is not None:
+                grad_hidden.mul_(factor_NF[own])
+            if gated:
                 grad_first = act_backward(grad_hidden * second_NF[own], first)
                 grad_second = grad_hidden.mul_(activated)
                 if grad_w3 is not None:
@@ -236,11 +275,11 @@ class _Loop(torch.autograd.Function):
             else:
                 grad_first = act_backward(grad_hidden, first)
                 if grad_w3 is not None:
-                    torch.sum(grad_first, 0, keepdim=True, out=grad_w3[expert])
+                    torch.sum(grad_first, 0, keepdim=True, out=grad_w3[expert, :, :width])
             if grad_w1 is not None:
                 torch.mm(grad_first.T, rows, out=grad_w1[expert])
             if grad_rows_ND is not None:
                 torch.mm(grad_first, w1_EFD[expert], out=grad_rows_ND[own])
-                if ctx.gated:
+                if gated:
                     grad_rows_ND[own].addmm_(grad_second, w3[expert])
-        return grad_rows_ND, None, grad_weight_N, grad_w1, grad_w2, grad_w3, None, None
+        return grad_rows_ND, None, grad_weight_N, grad_w1, grad_w2, grad_w3, None, None, None

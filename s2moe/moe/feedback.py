@@ -1,4 +1,4 @@
-"""After an optimizer step, every router is told what the step's micro-batches came to, in any model with SMoE layers."""
+"""After an optimizer step, every router is told what the step's micro-batches came to, in any model."""
 
 from __future__ import annotations
 

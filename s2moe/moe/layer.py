@@ -27,9 +27,9 @@ class DenseMLP(nn.Module):
     def __init__(self, hidden_size: int, width: int, form: str, activation: str) -> None:
         super().__init__()
         self.activation = activation
-        self.up = nn.Linear(hidden_size, width, bias=form == "mlp")
+        self.up = nn.Linear(hidden_size, width, bias=form != "gated")
         self.gate = nn.Linear(hidden_size, width, bias=False) if form == "gated" else None
-        self.down = nn.Linear(width, hidden_size, bias=False)
+        self.down = nn.Linear(width, hidden_size, bias=form == "mlp_biases")
 
     def forward(self, hidden: Tensor) -> Tensor:
         act = ACTIVATION_FUNCTIONS[self.activation]
@@ -60,6 +60,8 @@ class SMoELayer(EngineMoELayer):
             config.expert_form,
             config.activation,
             layer,
+            config.expert_dropout,
+            config.shared_start,
         )
         shared_width = config.shared_experts * config.expert_hidden
         self.shared = (
@@ -94,15 +96,21 @@ class SMoELayer(EngineMoELayer):
         routing = self.router(hidden_TD, context)
         if context.probe is not None:
             context.probe.record(self, hidden_TD, routing, context)
-        out_TD, rows_ND = self.compute(hidden_TD, routing)
+        out_TD, rows_ND = self.compute(hidden_TD, routing, context)
         return out_TD, routing, self.regularise(hidden_TD, routing, rows_ND, context, routing.losses)
 
-    def compute(self, hidden_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+    def compute(self, hidden_TD: Tensor, routing: Routing, context: RoutingContext) -> tuple[Tensor, Tensor | None]:
         """The experts' mixture for each token [T, D], and each assignment's own output [N, D] where it is wanted."""
         if not self.training or self.regularisers is None or not self.regularisers.wants_outputs:
-            return dispatch(hidden_TD, routing, self.experts, self.parallel), None
-        rows_ND = expert_outputs(hidden_TD, routing, self.experts, self.parallel)
+            return dispatch(hidden_TD, routing, self.experts, self.parallel, self.dropout_key(context)), None
+        rows_ND = expert_outputs(hidden_TD, routing, self.experts, self.parallel, self.dropout_key(context))
         return combine_outputs(rows_ND, routing), rows_ND
+
+    def dropout_key(self, context: RoutingContext) -> int | None:
+        """Of this micro-batch's dropout within experts; None where there is none."""
+        if not self.training or not self.config.expert_dropout:
+            return None
+        return context.generator(torch.device("cpu"), "expert dropout").initial_seed()
 
     def regularise(
         self,

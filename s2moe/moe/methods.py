@@ -154,6 +154,10 @@ METHODS: dict[str, Method] = {
         "BASE layers: one expert, in training by an assignment that gives all equally many tokens; sigmoid gate",
         {"experts_per_token": 1, "router": {"name": "base"}},
     ),
+    "vmoe": Method(
+        "V-MoE: top-2 of a noisy softmax, not renormalised, capacity 1.05 in training, importance and load losses",
+        {"experts_per_token": 2, "shared_start": True, "router": {"name": "vmoe"}},
+    ),
     "s2moe": Method(
         "S2MoE, flop-matched: one expert for each token and one for its noisy copy, gate, InfoNCE",
         {"experts_per_token": 1, "router": {"name": "topk"}, "stochastic": {"enabled": True}},

@@ -56,6 +56,7 @@ class RoutingContext:
     sequences: int = 1  # the T tokens are this many equally long sequences, one after another
     group: ProcessGroup | None = None  # ranks whose micro-batches form the global batch
     steps: int = 0  # optimizer steps of the whole run, for schedules; 0: not known
+    epoch: int = 0  # passes over the training images that are done; text counts none
     layers: int = 1  # blocks of the model, of which this is number ``layer``
     token_T: Tensor | None = None  # int64 ids of the tokens; None where embeddings were given instead
     target_T: Tensor | None = None  # int64 ids to be predicted, -100 where there is none; None without labels

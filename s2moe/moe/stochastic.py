@@ -127,7 +127,7 @@ class StochasticSMoELayer(SMoELayer):
             context.probe.record(self, hidden_TD, clean, context)
         noisy = self.router(noisy_TD, context.for_copy()) if options.reroute else clean
         routing = stack(clean, noisy)
-        out_2TD, rows_ND = self.compute(torch.cat((hidden_TD, noisy_TD)), routing)
+        out_2TD, rows_ND = self.compute(torch.cat((hidden_TD, noisy_TD)), routing, context)
         clean_TD, noisy_out_TD = out_2TD.chunk(2)
         gate_T1 = self._gate(hidden_TD)
         out_TD = torch.lerp(noisy_out_TD, clean_TD, gate_T1.to(clean_TD.dtype))

@@ -72,12 +72,12 @@ def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
 
 
 def cv_squared(value_E: Tensor, unbiased: bool = False) -> Tensor:
-    """Squared coefficient of variation, variance / mean² (Shazeer et al., eq. 7).
+    """Squared coefficient of variation over the last dimension, variance / mean² (Shazeer et al., eq. 7).
 
     Args:
         unbiased: divide by E − 1 in the variance, as Krishnamurthy et al. 2023 do; by default by E.
     """
-    return value_E.var(correction=int(unbiased)) / (value_E.mean().square() + 1e-10)
+    return value_E.var(-1, correction=int(unbiased)) / (value_E.mean(-1).square() + 1e-10)
 
 
 def importance_loss(gate_TE: Tensor, mask_T: Tensor | None = None, unbiased: bool = False) -> Tensor:

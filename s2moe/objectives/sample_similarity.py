@@ -39,15 +39,27 @@ def sample_distance(
         valid_B: samples that count; pairs with one that does not have distance 0.
     """
     value_BD = full_precision(value_BD).detach()
-    with torch.autocast(value_BD.device.type, enabled=False):
-        found_BB = torch.cdist(value_BD, value_BD, compute_mode="donot_use_mm_for_euclid_dist")
-    if distance == "squared_euclidean":
-        found_BB = found_BB.square()
+    found_BB = _squared_distance(value_BD)
+    if distance == "euclidean":
+        found_BB = found_BB.sqrt()
+    found_BB = found_BB.to(value_BD.dtype)
     if valid_B is not None:
         found_BB = found_BB * (valid_B[:, None] & valid_B)
     if scale == "batch_max":
         found_BB = found_BB / found_BB.max().clamp(min=torch.finfo(found_BB.dtype).tiny)
     return found_BB
+
+
+def _squared_distance(value_BD: Tensor) -> Tensor:
+    """|x|² + |y|² − 2 x·y of all pairs, [B, B], in float64, in which the difference loses nothing that float32 keeps.
+
+    A product of matrices; taking the difference of each pair is seven times slower for 512 images of MNIST.
+    """
+    value_BD = value_BD.double()
+    with torch.autocast(value_BD.device.type, enabled=False):
+        product_BB = value_BD @ value_BD.T
+    norm_B = product_BB.diagonal()
+    return (norm_B[:, None] + norm_B - 2 * product_BB).clamp(min=0).fill_diagonal_(0)
 
 
 def sample_similarity_loss(

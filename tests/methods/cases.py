@@ -18,6 +18,7 @@ WITHOUT_DRAWS: dict[str, dict[str, Any]] = {
     "switch": {"router": {"noise": "none"}},
     "gshard": {"router": {"second_choice": "always"}},
     "noisy_topk": {"router": {"noise": "none", "load_loss": 0.0}},
+    "vmoe": {"router": {"noise": 0.0, "load_loss": 0.0}},
 }
 CASES = {method: {"method": method, **SETTINGS.get(method, {})} for method in METHODS}
 

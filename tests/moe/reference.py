@@ -38,9 +38,12 @@ def normalise_exp(logits: Tensor) -> Tensor:
 
 
 def expert_mlp(x_D: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3: Tensor, form: str, activation: str) -> Tensor:
-    """gated: W2 (act(W1 x) ⊙ W3 x);  mlp: W2 act(W1 x + b), with b in w3 [1, F]."""
+    """gated: W2 (act(W1 x) ⊙ W3 x);  mlp: W2 act(W1 x + b), with b in w3 [1, F]; mlp_biases: and + b2, behind b."""
     if form == "gated":
         return w2_DF @ (activate(w1_FD @ x_D, activation) * (w3 @ x_D))
+    if form == "mlp_biases":
+        hidden = len(w1_FD)
+        return w2_DF @ activate(w1_FD @ x_D + w3[0, :hidden], activation) + w3[0, hidden:]
     return w2_DF @ activate(w1_FD @ x_D + w3[0], activation)
 
 

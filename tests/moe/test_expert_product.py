@@ -25,7 +25,7 @@ COUNTS = {
 def operands(counts: list[int], form: str, weighted: bool, dtype: torch.dtype) -> list[Tensor | None]:
     """rows, weight, w1, w2, w3 that want a gradient, the same values in every dtype."""
     rows, experts = sum(counts), len(counts)
-    w3_shape = (experts, F, D) if form == "gated" else (experts, 1, F)
+    w3_shape = {"gated": (experts, F, D), "mlp": (experts, 1, F), "mlp_biases": (experts, 1, F + D)}[form]
     shapes = [(rows, D), (rows,), (experts, F, D), (experts, D, F), w3_shape]
     generator = torch.Generator().manual_seed(3)
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -49,7 +49,7 @@ def dense(counts: list[int], tensors: list[Tensor | None], form: str, activation
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize("form", ["gated", "mlp"])
+@pytest.mark.parametrize("form", ["gated", "mlp", "mlp_biases"])
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
     [
@@ -87,7 +87,7 @@ def test_output_and_gradients_equal_the_equations(
             torch.testing.assert_close(left.grad, expected, msg=lambda text, name=name: f"{name}: {text}", **close)
 
 
-@pytest.mark.parametrize("form", ["gated", "mlp"])
+@pytest.mark.parametrize("form", ["gated", "mlp", "mlp_biases"])
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_half_precision_stays_near_the_exact_product(form: str, backend: str) -> None:
     counts = COUNTS["ragged"]
@@ -105,7 +105,7 @@ def test_half_precision_stays_near_the_exact_product(form: str, backend: str) ->
         assert (left.grad.double() - right.grad).norm() < 0.03 * right.grad.norm()
 
 
-@pytest.mark.parametrize("form", ["gated", "mlp"])
+@pytest.mark.parametrize("form", ["gated", "mlp", "mlp_biases"])
 def test_gradient_equals_finite_differences(form: str) -> None:
     counts = torch.tensor([2, 0, 3])
     tensors = operands(counts.tolist(), form, True, torch.float64)
@@ -127,7 +127,7 @@ def test_frozen_operands_get_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ["gated", "mlp"])
+@pytest.mark.parametrize("form", ["gated", "mlp", "mlp_biases"])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_the_kernel_of_the_gpu_equals_the_equations(form: str, counts: list[int]) -> None:
     exact = operands(counts, form, True, torch.float64)

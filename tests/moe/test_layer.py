@@ -187,7 +187,7 @@ def test_grouped_kernel_gives_the_same_layer(form: str, monkeypatch: pytest.Monk
     results = []
     for backend in ("loop", "grouped"):
         product = module.expert_product
-        monkeypatch.setattr(module, "expert_product", lambda *a, p=product, b=backend: p(*a, b))
+        monkeypatch.setattr(module, "expert_product", lambda *a, p=product, b=backend, **k: p(*a, b, **k))
         made.experts.w1 = torch.nn.Parameter(made.experts.w1.detach().clone())
         out_BSD, _ = made(hidden_BSD)
         out_BSD.square().sum().backward()

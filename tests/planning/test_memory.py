@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # Where the kept assignments are fewer than k, the estimate is what they can be: a schedule of k, a random second
 # expert, a capacity, and competitions that this step did not hold.
-UPPER_BOUNDS = {"smoe_dropout", "gshard", "switch", "compete_smoe"}
+UPPER_BOUNDS = {"smoe_dropout", "gshard", "switch", "vmoe", "compete_smoe"}
 # Auxiliary objectives keep samples that do not grow with the tokens and are not counted.
 SAMPLES = {"simsmoe": 0.5, "snnl_smoe": 0.8, "similarity_aware": 0.8, "attention_aware": 0.8}
 

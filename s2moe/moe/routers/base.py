@@ -61,6 +61,10 @@ class Router(KeepsBuffers):
         ``forward``, which activation recomputation repeats.
         """
 
+    def refuses_causal(self) -> str:
+        """Why a causal model cannot use this router with its options; empty: it can."""
+        return ""
+
     def expert_embeddings(self) -> Tensor | None:
         """A row for each expert by which tokens are scored, [E, any width], for the collapse metrics; None without."""
         scores = getattr(self, "scores", None)
