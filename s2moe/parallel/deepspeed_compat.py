@@ -473,7 +473,10 @@ FROZEN = "frozen"  # key of the optimizer groups whose learning rate stays zero
 
 
 def optimizer_groups(
-    model: nn.Module, weight_decay: float, lr_factor: Callable[[str], float] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    lr_factor: Callable[[str], float] | None = None,
+    decay_all: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for a client optimizer: decayed and not, experts apart, as ZeRO needs them.
 
@@ -488,6 +491,7 @@ def optimizer_groups(
     Args:
         lr_factor: what a parameter's learning rate is to be multiplied with, by its name. Each factor has groups of
             its own, which hold it as ``lr_factor``, highest first.
+        decay_all: decay every parameter.
     """
     tag_parameters(model)
     held = frozen_experts(model)
@@ -497,7 +501,7 @@ def optimizer_groups(
         if parameter.requires_grad and id(parameter) not in held_ids:
             is_bias = parameter.squeeze().dim() < 2 or (parameter.dim() == 3 and parameter.shape[1] == 1)
             factor = 1.0 if lr_factor is None else lr_factor(name)
-            parts.setdefault(("plain" if is_bias else "decayed", -factor), []).append(parameter)
+            parts.setdefault(("plain" if is_bias and not decay_all else "decayed", -factor), []).append(parameter)
     for parameter in held:
         parameter.requires_grad_(True)
     parameter_groups: list[dict[str, Any]] = []
