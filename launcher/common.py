@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from s2moe.training.processes import Processes
+    from s2moe.training.run import Result
 
 USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130  # and s2moe.training's errors.LOST, signals.STOPPED
 
@@ -80,6 +86,67 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for an error, said once a machine. What is not an option of an entry point is a setting."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"error: {message} (--help explains)", USER_ERROR)
+        raise AssertionError
+
+
+def run_parser() -> Parser:
+    """The options that the entry points of a run have in common."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--local_rank", "--local-rank", type=int)  # given by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+def print_help(text: str) -> None:
+    """Print a long text; `--help | head` ends quietly."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text)
+
+
+def train_and_report(
+    config: Any,
+    check: Callable[[], object],
+    train: Callable[[Any, Processes], Result],
+    report: Callable[[Any, Result], str],
+) -> None:
+    """Train in this process and its fellows, report, and end with the status of a run that a signal stopped.
+
+    Args:
+        check: finds mistakes that should not wait for the other processes.
+    """
+    from s2moe.training.processes import start_processes, stop_processes
+    from s2moe.training.signals import STOPPED, catch_stop_signals, stop_signal
+
+    catch_stop_signals()
+    if is_first_of_machine():
+        check()
+    processes = start_processes(config.training.timeout_minutes)
+    result = train(config, processes)
+    stop_processes(together=result.signalled)
+    if processes.is_main:
+        if result.finished:
+            print(report(config, result), flush=True)
+        else:
+            cause = f"stopped by {_name(stop_signal())}" if result.signalled else "time is up"
+            print(result.timing)
+            print(f"{cause} after step {result.state.step}; the same command continues")
+            print(f"run directory: {result.directory}")
+    if result.signalled:
+        leave(STOPPED)
+
+
+def _name(received: signal.Signals | None) -> str:
+    return received.name if received is not None else "a signal to another process"
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -36,7 +36,7 @@ import argparse
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.signals
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
@@ -45,32 +45,19 @@ if TYPE_CHECKING:
     from s2moe.config.run import RunConfig
 
 try:
-    from launcher.common import fail, is_first_of_machine, leave, prepare_environment, run
+    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, is_first_of_machine, leave, prepare_environment, run
+    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
 
 prepare_environment()
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for an error, said once a machine."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"error: {message} (--help explains)", 2)
-        raise AssertionError
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; what is not an option is a setting."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--dry-run", action="store_true")
+    parser = run_parser()
     parser.add_argument("--world-size", type=int)
-    parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--list-methods", action="store_true")
-    parser.add_argument("--local_rank", "--local-rank", type=int)  # given by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -83,8 +70,7 @@ def main(arguments: list[str]) -> None:
     if options.help:
         from s2moe.config.explain import explain
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(f"{__doc__}\n{explain()}")
+        print_help(f"{__doc__}\n{explain()}")
         return
     if options.list_methods:
         from s2moe.config.explain import list_methods
@@ -116,31 +102,10 @@ def dry_run(config: RunConfig, world_size: int | None) -> None:
 
 def train(config: RunConfig) -> None:
     """Train, then report."""
-    from s2moe.training.processes import start_processes, stop_processes
     from s2moe.training.report import report
     from s2moe.training.run import pretrain
-    from s2moe.training.signals import STOPPED, catch_stop_signals, stop_signal
 
-    catch_stop_signals()
-    if is_first_of_machine():
-        _ = config.data.open().tokenizer  # a mistake here should not wait for the other processes
-    processes = start_processes(config.training.timeout_minutes)
-    result = pretrain(config, processes)
-    stop_processes(together=result.signalled)
-    if processes.is_main:
-        if result.finished:
-            print(report(config, result), flush=True)
-        else:
-            cause = f"stopped by {_name(stop_signal())}" if result.signalled else "time is up"
-            print(result.timing)
-            print(f"{cause} after step {result.state.step}; the same command continues")
-            print(f"run directory: {result.directory}")
-    if result.signalled:
-        leave(STOPPED)
-
-
-def _name(received: signal.Signals | None) -> str:
-    return received.name if received is not None else "a signal to another process"
+    train_and_report(config, lambda: config.data.open().tokenizer, pretrain, report)
 
 
 if __name__ == "__main__":

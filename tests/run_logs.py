@@ -7,7 +7,7 @@ from typing import Any
 
 from s2moe.training.metrics_log import read
 
-MEASURED = {"seconds", "tokens_per_second", "mfu", "memory_gib"}  # by a clock, or of the machine
+MEASURED = {"seconds", "tokens_per_second", "images_per_second", "mfu", "memory_gib"}  # by a clock, or of the machine
 
 
 def reproducible_events(run: Path) -> list[dict[str, Any]]:

@@ -106,27 +106,9 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "sequence_length", "expert_parallel", "sequence_parallel"):
+        for name in ("steps", "sequence_length", "sequence_parallel"):
             require(getattr(self, name) >= 1, f"training.{name}", "must be at least 1", getattr(self, name))
-        if self.micro_batch is not None:
-            require(self.micro_batch >= 1, "training.micro_batch", "must be at least 1", self.micro_batch)
-            require(
-                self.global_batch % self.micro_batch == 0,
-                "training.micro_batch",
-                f"must divide training.global_batch={self.global_batch}",
-                self.micro_batch,
-            )
-        if self.zero_stage == 0:
-            raise ConfigError(
-                "training.zero_stage: 0 is not supported: DeepSpeed then clips gradients by a norm that depends on "
-                "expert_parallel, and bf16 training diverges from stages 1-3. Use 1, which costs nothing more"
-            )
-        require(self.zero_stage in (1, 2, 3), "training.zero_stage", "must be 1, 2 or 3", self.zero_stage)
-        require(self.timeout_minutes > 0, "training.timeout_minutes", "must be positive", self.timeout_minutes)
-        if self.stop_after_minutes is not None:
-            require(
-                self.stop_after_minutes > 0, "training.stop_after_minutes", "must be positive", self.stop_after_minutes
-            )
+        check_training(self)
 
 
 @dataclass
@@ -201,16 +183,23 @@ class CheckpointConfig:
 
 
 @dataclass
-class LoggingConfig:
+class LogConfig:
     every: int = option(50, "steps between log events (metrics.jsonl, TensorBoard, progress)")
     tensorboard: bool = option(True, "write TensorBoard event files")
     images_every: int = option(500, "steps between load heat-maps and histograms in TensorBoard; 0: none")
-    sample_prompt: str = option("The ", "text that the sample at the end of the run continues")
-    sample_tokens: int = option(300, "tokens of that sample; 0: none")
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "logging.every", "must be at least 1", self.every)
         require(self.images_every >= 0, "logging.images_every", "must not be negative", self.images_every)
+
+
+@dataclass
+class LoggingConfig(LogConfig):
+    sample_prompt: str = option("The ", "text that the sample at the end of the run continues")
+    sample_tokens: int = option(300, "tokens of that sample; 0: none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.sample_tokens >= 0, "logging.sample_tokens", "must not be negative", self.sample_tokens)
 
 
@@ -239,8 +228,37 @@ class ProfileConfig:
         return int(first), int(last or first)
 
 
+class Run:
+    """What the settings of every run say of its directory and of how a batch is dealt out."""
+
+    name: str
+    output_dir: str
+    training: Any
+    logging: LogConfig
+    profile: ProfileConfig
+
+    @property
+    def directory(self) -> Path:
+        """Where the run writes everything."""
+        return Path(self.output_dir) / self.name
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes per process and optimizer step."""
+        together = world_size // self.training.sequence_parallel
+        return self.training.global_batch // (self.micro_batch(world_size) * together)
+
+    def micro_batch(self, world_size: int) -> int:
+        """Sequences or images per process and forward pass."""
+        return self.training.micro_batch or self.training.global_batch * self.training.sequence_parallel // world_size
+
+    def check_name(self) -> None:
+        """Raise ConfigError unless the name can be a directory's."""
+        usable = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
+        require(usable, "name", "must be a file name", self.name)
+
+
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Run):
     """Everything that decides a run. `model` holds `S2MoEConfig`'s own fields, resolved, as a plain dict."""
 
     name: str = option(help="name of the run: its directory is output_dir/name")
@@ -259,12 +277,7 @@ class RunConfig:
     profile: ProfileConfig = option(factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0"),
-            "name",
-            "must be a file name",
-            self.name,
-        )
+        self.check_name()
         training, schedule = self.training, self.schedule
         if self.model["max_position_embeddings"] is None:
             self.model["max_position_embeddings"] = training.sequence_length
@@ -342,20 +355,6 @@ class RunConfig:
                     size,
                 )
 
-    @property
-    def directory(self) -> Path:
-        """Where the run writes everything."""
-        return Path(self.output_dir) / self.name
-
-    def accumulation_steps(self, world_size: int) -> int:
-        """Forward passes per process and optimizer step."""
-        together = world_size // self.training.sequence_parallel
-        return self.training.global_batch // (self.micro_batch(world_size) * together)
-
-    def micro_batch(self, world_size: int) -> int:
-        """Sequences per process and forward pass."""
-        return self.training.micro_batch or self.training.global_batch * self.training.sequence_parallel // world_size
-
     def model_config(self, vocab_size: int) -> S2MoEConfig:
         """The model's configuration for a corpus of `vocab_size` symbols.
 
@@ -374,7 +373,30 @@ class RunConfig:
         return S2MoEConfig(**{**self.model, "vocab_size": given or vocab_size})
 
 
-def check_world(config: RunConfig, world_size: int) -> None:
+def check_training(training: Any) -> None:
+    """Raise ConfigError at what is impossible in the `training:` section of any run."""
+    for name in ("global_batch", "expert_parallel"):
+        require(getattr(training, name) >= 1, f"training.{name}", "must be at least 1", getattr(training, name))
+    if training.micro_batch is not None:
+        require(training.micro_batch >= 1, "training.micro_batch", "must be at least 1", training.micro_batch)
+        require(
+            training.global_batch % training.micro_batch == 0,
+            "training.micro_batch",
+            f"must divide training.global_batch={training.global_batch}",
+            training.micro_batch,
+        )
+    if training.zero_stage == 0:
+        raise ConfigError(
+            "training.zero_stage: 0 is not supported: DeepSpeed then clips gradients by a norm that depends on "
+            "expert_parallel, and bf16 training diverges from stages 1-3. Use 1, which costs nothing more"
+        )
+    require(training.zero_stage in (1, 2, 3), "training.zero_stage", "must be 1, 2 or 3", training.zero_stage)
+    require(training.timeout_minutes > 0, "training.timeout_minutes", "must be positive", training.timeout_minutes)
+    limit = training.stop_after_minutes
+    require(limit is None or limit > 0, "training.stop_after_minutes", "must be positive", limit)
+
+
+def check_world(config: Run, world_size: int) -> None:
     """Raise ConfigError where the run cannot be dealt to `world_size` processes."""
     training = config.training
     require(

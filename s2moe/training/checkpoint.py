@@ -235,6 +235,10 @@ def require_same(checkpoint: Checkpoint, current: TrainingState) -> None:
         before, now = (state.config.get("training", {}).get(name, default) for state in (saved, current))
         if before != now:
             changes.append(f"training.{name} was {before}, is {now}")
+    # Runs on texts have AdamW alone, and do not say so.
+    before, now = (state.config.get("optimizer", {}).get("name", "adamw") for state in (saved, current))
+    if before != now:
+        changes.append(f"optimizer.name was {before}, is {now}")
     if changes:
         raise ConfigError(
             f"cannot continue from {checkpoint.path}: {'; '.join(changes)}. "

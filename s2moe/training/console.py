@@ -50,12 +50,18 @@ class Console:
 
 
 def format_figures(values: dict[str, Any]) -> str:
-    """The figures a person watches, those that an event has: loss, BPC, speed, MFU, learning rate, gradient norm."""
+    """The figures a person watches, those that an event has: loss, BPC or error, speed, MFU, learning rate, norm."""
     shown = [
+        ("epoch", "epoch {:.1f}"),
         ("train/loss", "loss {:.4f}"),
         ("train/bpc", "bpc {:.4f}"),
         ("val/bpc", "val bpc {:.4f}"),
+        ("train/error", "error {:.2%}"),
+        ("val/error", "test error {:.2%}"),
+        ("val/h_s", "H_s {:.3f}"),
+        ("val/h_u", "H_u {:.3f}"),
         ("tokens_per_second", "{:,.0f} tok/s"),
+        ("images_per_second", "{:,.0f} images/s"),
         ("mfu", "MFU {:.1%}"),
         ("lr", "lr {:.2e}"),
         ("grad_norm", "grad norm {:.3g}"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from s2moe.config.run import RunConfig
+from s2moe.config.run import OptimizerConfig, RunConfig
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.freezing import freeze_named
@@ -18,6 +18,8 @@ from .processes import Processes
 from .quiet import no_prints
 
 if TYPE_CHECKING:
+    from s2moe.config.vision import VisionOptimizerConfig, VisionRunConfig
+
     from .initial import InitialWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,8 +33,6 @@ def build_engine(
     Only the experts this process owns are ever built; initial weights do not depend on the number of
     processes. They are drawn, or `initial`.
     """
-    import deepspeed
-
     parallel = deepspeed_compat.expert_parallel(config.training.expert_parallel)
     torch.manual_seed(config.seed)
     model = S2MoEForCausalLM(model_config, parallel).to(processes.device)
@@ -44,27 +44,43 @@ def build_engine(
         micro_batch = config.micro_batch(processes.world_size)
         spread_sequences(model, config.training.sequence_parallel, micro_batch, config.training.sequence_length)
     freeze_named(model, config.training.freeze)
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        deepspeed_compat.optimizer_groups(model, settings.weight_decay),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
-    )
-    with no_prints():
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config, processes.world_size),
-            dist_init_required=False,
-        )
+    engine = start_engine(model, config, processes)
     if config.training.compile:
         compile_dense_parts(model)
     return engine
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def start_engine(model: nn.Module, config: RunConfig | VisionRunConfig, processes: Processes) -> Any:
+    """The engine around a model on its device, with the optimizer of the settings. Collective."""
+    import deepspeed
+
+    with no_prints():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(model, config.optimizer),
+            config=deepspeed_config(config, processes.world_size),
+            dist_init_required=False,
+        )
+    return engine
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerConfig | VisionOptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of all that is trained."""
+    decay, lr = settings.weight_decay, settings.lr
+    if isinstance(settings, OptimizerConfig):
+        groups = deepspeed_compat.optimizer_groups(model, decay)
+        return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
+    groups = deepspeed_compat.optimizer_groups(model, decay, decay_all=settings.decayed == "all")
+    if settings.name == "adam":
+        return torch.optim.Adam(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, fused=True)
+    return torch.optim.RMSprop(groups, lr=lr, momentum=settings.momentum, eps=settings.eps)
+
+
+def deepspeed_config(config: RunConfig | VisionRunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run. Its learning-rate schedule and logging stay unused."""
     training = config.training
     zero: dict[str, Any] = {"stage": training.zero_stage, "contiguous_gradients": True, "reduce_scatter": True}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
 
 from s2moe.config.options import ConfigError
 from s2moe.data import Tokenizer
@@ -99,18 +101,41 @@ def write_hf(
     Raises:
         ConfigError: `target` holds something else.
     """
+    with torch.device("meta"):
+        model = S2MoEForCausalLM(config)
+
+    def add(directory: Path) -> None:
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, directory, config.max_position_embeddings)
+        write_card(directory, config, origin, run_directory, tokenizer.kind if tokenizer is not None else "")
+
+    write_model(model, state, target, origin, add)
+
+
+def write_model(
+    model: PreTrainedModel,
+    state: dict[str, Tensor],
+    target: Path,
+    origin: dict[str, Any],
+    add: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """Write a model with the weights `state`, and its origin, to `target`, replacing an earlier export whole.
+
+    Args:
+        model: on the meta device; its weights do not count.
+        add: writes what else belongs into the directory.
+
+    Raises:
+        ConfigError: `target` holds something else.
+    """
     require_replaceable(target)
     temporary, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".tmp-old-{target.name}")
     for path in (temporary, old):
         shutil.rmtree(path, ignore_errors=True)
-    with torch.device("meta"):
-        model = S2MoEForCausalLM(config).to(next(iter(state.values())).dtype)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     with no_progress_bars():
-        model.save_pretrained(temporary, state_dict=state)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, temporary, config.max_position_embeddings)
-    write_card(temporary, config, origin, run_directory, tokenizer.kind if tokenizer is not None else "")
+        model.to(next(iter(state.values())).dtype).save_pretrained(temporary, state_dict=state)
+    add(temporary)
     (temporary / ORIGIN_FILE).write_text(json.dumps(origin), encoding="utf-8")
     if target.exists():
         os.rename(target, old)

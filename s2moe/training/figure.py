@@ -8,6 +8,7 @@ from typing import Any
 from . import metrics_log
 
 CURVES_FILE = "curves.png"
+CURVES = {"bpc": "bits per character", "error": "error", "task_loss": "loss"}  # what is drawn: the first that there is
 STOCHASTIC = {"gate_mean": "gate", "agreement": "routing agreement", "infonce_accuracy": "InfoNCE accuracy"}
 
 
@@ -28,7 +29,8 @@ def draw_run(directory: Path) -> Path:
     figures = [name for name in STOCHASTIC if layers and f"layer_{layers[0]}/{name}" in training[-1]]
     panels = 1 + bool(layers) + bool(figures)
     canvas, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False, layout="constrained")
-    _curve(axes[0, 0], training, [event for event in events if "val/bpc" in event])
+    figure, unit = next((name, text) for name, text in CURVES.items() if f"train/{name}" in training[-1])
+    _curve(axes[0, 0], training, [event for event in events if f"val/{figure}" in event], figure, unit)
     if layers:
         _load(canvas, axes[0, 1], training, layers)
     if figures:
@@ -43,20 +45,25 @@ def draw_run(directory: Path) -> Path:
     return path
 
 
-def _curve(axis: Any, training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:
-    axis.plot([e["step"] for e in training], [e["train/bpc"] for e in training], lw=1, label="training")
+def _curve(axis: Any, training: list[dict[str, Any]], validation: list[dict[str, Any]], figure: str, unit: str) -> None:
+    train, held_out = f"train/{figure}", f"val/{figure}"
+    axis.plot([e["step"] for e in training], [e[train] for e in training], lw=1, label="training")
     if validation:
-        axis.plot([e["step"] for e in validation], [e["val/bpc"] for e in validation], "o-", ms=4, label="validation")
+        axis.plot([e["step"] for e in validation], [e[held_out] for e in validation], "o-", ms=4, label="validation")
         axis.annotate(
-            f"{validation[-1]['val/bpc']:.3f}",
-            (validation[-1]["step"], validation[-1]["val/bpc"]),
+            f"{validation[-1][held_out]:.3f}",
+            (validation[-1]["step"], validation[-1][held_out]),
             textcoords="offset points",
             xytext=(-8, 10),
             ha="right",
         )
-    axis.set(title=f"{training[-1]['tokens']:,} tokens", xlabel="step", ylabel="bits per character")
-    lowest = min(e["train/bpc"] for e in training)
-    axis.set_ylim(0.9 * lowest, min(max(e["train/bpc"] for e in training), 3 * lowest))
+    length = next(f"{training[-1][name]:,} {name}" for name in ("tokens", "images") if name in training[-1])
+    axis.set(title=length, xlabel="step", ylabel=unit)
+    lowest, highest = (of(e[train] for e in training) for of in (min, max))
+    if figure == "error":
+        axis.set_ylim(0, min(1.0, 1.05 * highest))
+    elif lowest > 0:
+        axis.set_ylim(0.9 * lowest, min(highest, 3 * lowest))
     axis.legend(frameon=False)
 
 

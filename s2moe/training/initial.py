@@ -158,6 +158,11 @@ class InitialWeights:
         return (before, now) == (self._before.num_experts, self._now.num_experts)
 
     def _of_dense(self, layer: str, matrix: str, shape: tuple[int, ...]) -> Callable[[int | None], Tensor]:
+        if self._now.expert_form not in _DENSE:
+            raise ConfigError(
+                f"{KEY}: experts cannot begin as a dense layer with model.moe.expert_form={self._now.expert_form}: "
+                f"choose one of {', '.join(_DENSE)}"
+            )
         name = f"{layer}.mlp.{_DENSE[self._now.expert_form][matrix]}"
         there = self._files.shapes.get(name)
         if there is None:

@@ -5,8 +5,6 @@ consumed. So the loop carries no hidden state: an interrupted run continues exac
 that accumulates two micro-batches does what two processes with one each do. The exception is a balance
 loss with balance_scope=global: its load is taken over the ranks of one micro-batch, so over fewer tokens
 where micro-batches follow one another.
-
-Legend: B sequences of a micro-batch, S sequence length.
 """
 
 from __future__ import annotations
@@ -16,27 +14,30 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s2moe.config.run import RunConfig
-from s2moe.data import WindowSampler, microbatch_start
+from s2moe.moe.feedback import update_routers
 from s2moe.moe.routing import LayerStatistics, RoutingContext
-from s2moe.parallel.sequence_parallel import SequencePart
 
 from .checkpoint import TrainingState
 from .diagnosis import find_cause
 from .engine import set_learning_rate
 from .errors import TrainingError
+from .feed import Feed
 from .processes import Processes
 from .routing_totals import RoutingTotals
 from .run_log import RunLog
 from .schedule import lr_multiplier
 from .signals import stop_signal
 from .timing import Timing
+
+if TYPE_CHECKING:
+    from s2moe.config.run import RunConfig
+    from s2moe.config.vision import VisionRunConfig
 
 LOSSES = ("train/loss", "train/task_loss", "train/aux_loss")
 
@@ -46,36 +47,36 @@ class TrainingLoop:
     """Trains from `state.step` to the last step.
 
     Args:
-        sampler: the training sequences.
-        bits_per_nat: turns the task loss into bits per symbol of the training split.
+        feed: the training data.
         validate: called with the step; logs a validation. Collective.
         probe: called with the step; looks into the SMoE layers. Collective.
         save: called after a step; writes a checkpoint of `state`. Collective.
         settle: called after every step; completes a checkpoint that is being written behind training. Collective.
-        flops_per_token, peak_flops: for MFU; the peak is of one process' device, None where unknown.
+        flops_per_unit, peak_flops: for MFU; of a unit of the feed, and of one process' device, None where unknown.
 
     Attributes:
         signalled: whether a signal to some process has stopped it; the same on all processes.
     """
 
-    config: RunConfig
+    config: RunConfig | VisionRunConfig
     engine: Any
     processes: Processes
-    sampler: WindowSampler
+    feed: Feed
     state: TrainingState
     log: RunLog
     timing: Timing
-    bits_per_nat: float
     validate: Callable[[int], None]
     probe: Callable[[int], None]
     save: Callable[[], None]
     settle: Callable[[], None] = lambda: None
-    flops_per_token: float = 0.0
+    flops_per_unit: float = 0.0
     peak_flops: float | None = None
     signalled: bool = False
     _routing: RoutingTotals = field(default_factory=RoutingTotals)
-    _interval: list[list[float]] = field(default_factory=list)  # losses of each step since the last log event
+    _interval: list[list[float]] = field(default_factory=list)  # losses and values of each step since the last event
+    _values: tuple[str, ...] = ()  # names of those values
     _interval_seconds: float = 0.0
+    _inputs: dict[str, Any] = field(default_factory=dict)  # of the last micro-batch
     _unchecked_norm: Any = None  # of the last step's gradient: a number, perhaps still being computed
     _started: float = field(default_factory=time.monotonic)
 
@@ -85,7 +86,7 @@ class TrainingLoop:
         Raises:
             TrainingError: the loss or the gradient is not finite. No checkpoint is written then.
         """
-        steps, stop = self.config.training.steps, False
+        steps, stop = self._steps, False
         self.engine.train()
         while self.state.step < steps and not stop:
             begin = time.monotonic()
@@ -99,7 +100,7 @@ class TrainingLoop:
         return self.state.step >= steps
 
     def _after_step(self, stop: bool) -> None:
-        step, last = self.state.step, self.state.step == self.config.training.steps
+        step, last = self.state.step, self.state.step == self._steps
         self.settle()
         save = _due(step, self.config.checkpoint.every) or last or stop
         # A log event averages over the steps since the one before. With one at every checkpoint, no
@@ -123,7 +124,8 @@ class TrainingLoop:
     def _step(self) -> bool:
         """One optimizer step; True when a process asks to stop."""
         config = self.config
-        factor = lr_multiplier(config.schedule, self.state.step, config.training.steps)
+        epoch = self.feed.epoch(self.state.samples)
+        factor = lr_multiplier(config.schedule, self.state.step, self._steps, epoch)
         set_learning_rate(self.engine, config.optimizer.lr * factor)
         accumulation = config.accumulation_steps(self.processes.world_size)
         losses: list[Tensor] = []
@@ -133,7 +135,9 @@ class TrainingLoop:
                 output = self._forward(index)
                 with self.timing.phase("backward"):
                     self.engine.backward(output.loss)
-            losses.append(torch.stack([loss.detach().float() for loss in _losses(output)]))
+            values = self.feed.values(self._inputs, output)
+            self._values = tuple(values)
+            losses.append(torch.stack([loss.detach().float() for loss in (*_losses(output), *values.values())]))
             if output.routing:
                 routing.append(tuple(layer._replace(loss=layer.loss.detach()) for layer in output.routing))
                 self._routing.add(routing[-1])
@@ -145,38 +149,34 @@ class TrainingLoop:
             with self.timing.phase("step"):
                 self.engine.step()
         self._unchecked_norm = self.engine.get_global_grad_norm()
-        self.engine.module.update_routers(routing)
+        update_routers(self.engine.module, routing)
         self.state.step += 1
         self.state.samples += config.training.global_batch
-        self.state.tokens += config.training.global_batch * config.training.sequence_length
+        self.state.tokens += config.training.global_batch * self.feed.units
         return stop
 
     def _forward(self, index: int) -> Any:
         """Forward pass of this process' micro-batch with this accumulation index."""
         rank, world = self.processes.rank, self.processes.world_size
-        part = SequencePart.of(rank, world, self.config.training.sequence_parallel)
-        size = self.config.micro_batch(world)
-        first = microbatch_start(self.state.samples, size, part.group, part.groups, index)
         with self.timing.phase("data"):
-            tokens_BS = torch.from_numpy(self.sampler.batch(first, size))
-            if self.processes.device.type == "cuda":
-                tokens_BS = tokens_BS.pin_memory().to(self.processes.device, non_blocking=True)
+            self._inputs = self.feed.inputs(self.state.samples, index)
         context = RoutingContext(
             seed=self.config.seed,
             step=self.state.step,
-            steps=self.config.training.steps,
+            steps=self._steps,
             microbatch=index * world + rank,
+            epoch=self.feed.epoch(self.state.samples),
         )
         torch.manual_seed(_dropout_seed(context))
-        inputs_BS, labels_BS = tokens_BS[:, :-1], tokens_BS[:, 1:].contiguous()
-        positions: dict[str, Tensor] = {}
-        if part.size > 1:
-            positions["position_ids"] = part.positions(inputs_BS.shape[1], inputs_BS.device).expand(size, -1)
-            inputs_BS, labels_BS = part.cut(inputs_BS), part.cut(labels_BS)
         with self.timing.phase("forward"):
-            return self.engine(
-                input_ids=inputs_BS, shift_labels=labels_BS, context=context, use_cache=False, **positions
-            )
+            return self.engine(**self._inputs, context=context)
+
+    @property
+    def _steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.config.training.steps
+        assert steps is not None
+        return steps
 
     def _agree(self, losses: list[Tensor]) -> bool:
         """Mean losses of the step over all processes, kept for the log; True when a process asks to stop.
@@ -223,20 +223,21 @@ class TrainingLoop:
     def _log_event(self) -> None:
         config, steps = self.config, len(self._interval)
         means = [sum(column) / steps for column in zip(*self._interval, strict=True)]
-        tokens = steps * config.training.global_batch * config.training.sequence_length
-        speed = tokens / max(self._interval_seconds, 1e-9)
-        values: dict[str, Any] = dict(zip(LOSSES, means, strict=True))
-        values["train/bpc"] = means[1] * self.bits_per_nat
+        unit, units = self.feed.unit, steps * config.training.global_batch * self.feed.units
+        speed = units / max(self._interval_seconds, 1e-9)
+        names = (*LOSSES, *(f"train/{name}" for name in self._values))
+        values: dict[str, Any] = dict(zip(names, means, strict=True))
+        values |= self.feed.figures(self.state, means[1])
         values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
         values["grad_norm"] = self._gradient_norm()
-        values["tokens_per_second"] = speed
-        if self.peak_flops:
-            values["mfu"] = speed * self.flops_per_token / (self.peak_flops * self.processes.world_size)
+        values[f"{unit}_per_second"] = speed
+        if self.peak_flops and self.flops_per_unit:
+            values["mfu"] = speed * self.flops_per_unit / (self.peak_flops * self.processes.world_size)
         if config.training.precision == "fp16":
             values["loss_scale"] = float(self.engine.optimizer.cur_scale)
             values["skipped_steps"] = self.engine.skipped_steps
         values |= self.timing.figures(steps, self._interval_seconds)
-        values |= {"samples": self.state.samples, "tokens": self.state.tokens, "seconds": self.state.seconds}
+        values |= {"samples": self.state.samples, unit: self.state.tokens, "seconds": self.state.seconds}
         self.log.training(self.state.step, values, self._routing.reduce())
         self._interval, self._interval_seconds = [], 0.0
 

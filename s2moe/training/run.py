@@ -1,36 +1,29 @@
-"""A pre-training run from its settings to its results: open, resume, train, validate, save, export."""
+"""A run from its settings to its results: open, resume, train, validate, save, export. Of texts and images alike."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
-import torch
 import torch.distributed as dist
 
-from s2moe.config import ConfigError, to_dict, to_yaml
+from s2moe.config import ConfigError, to_yaml
 from s2moe.config.run import RunConfig, check_world
-from s2moe.data import Corpus, CorpusError, WindowSampler
-from s2moe.models.configuration import S2MoEConfig
-from s2moe.models.sizes import model_sizes
+from s2moe.data import CorpusError
 
 from . import checkpoint as checkpoints
 from . import metrics_log
 from .agreement import require_same_settings, together
 from .checkpoint import Checkpoint, TrainingState, shape_of, shape_text
-from .engine import build_engine
 from .errors import ProcessError
-from .evaluation import Protocol, Score, evaluate
-from .export import HF_DIRECTORY, export_engine
+from .export import HF_DIRECTORY
 from .figure import CURVES_FILE, draw_run
 from .hardware import peak_flops
-from .initial import InitialWeights
-from .live_probe import LiveProbe, take_probe_set
+from .job import Job
+from .language import LanguageJob
 from .loop import TrainingLoop
 from .probe_files import PROBES, remove_after
 from .processes import Processes
@@ -41,10 +34,13 @@ from .timing import Timing
 from .timing_table import timing_table
 from .watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from s2moe.config.vision import VisionRunConfig
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. `score` is the whole validation split's.
+    """What a run came to. `score` is the whole validation or test split's, as the run's job has it.
 
     `finished` is False when its time was up, or a signal came, first.
     """
@@ -52,14 +48,23 @@ class Result:
     directory: Path
     finished: bool
     state: TrainingState
-    score: Score | None
+    score: Any
     hf: Path | None
     timing: str = ""  # where the time went, as a table; of the first process
     signalled: bool = False  # stopped by a signal
 
 
 def pretrain(config: RunConfig, processes: Processes) -> Result:
-    """Train the configured model, continuing from the newest complete checkpoint if there is one. Collective.
+    """Train the configured language model, continuing from the newest complete checkpoint if there is one. Collective.
+
+    Raises:
+        As `train`.
+    """
+    return train(config, processes, lambda: LanguageJob(config, processes))
+
+
+def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: Callable[[], Job]) -> Result:
+    """Train what `open_job` opens, continuing from the newest complete checkpoint if there is one. Collective.
 
     Raises:
         ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run.
@@ -67,24 +72,20 @@ def pretrain(config: RunConfig, processes: Processes) -> Result:
         LostProcessError: another process is gone.
     """
     with Watchdog(config.training.timeout_minutes, processes) as watchdog, watchdog.naming_lost():
-        result = _pretrain(config, processes, watchdog)
+        with together(processes):
+            check_world(config, processes.world_size)
+            if config.training.precision == "fp16" and processes.device.type == "cpu":
+                raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+            job = open_job()
+        watchdog.state = job.state
+        result = _train(job, processes, watchdog)
     if result.finished and processes.is_main:
         draw_run(result.directory)  # nobody waits for it
     return result
 
 
-def _pretrain(config: RunConfig, processes: Processes, watchdog: Watchdog) -> Result:
-    with together(processes):
-        check_world(config, processes.world_size)
-        if config.training.precision == "fp16" and processes.device.type == "cpu":
-            raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-        corpus = config.data.open()
-        check_prompt(config, corpus)
-        train, validation = corpus.split(config.data.train), corpus.split(config.data.validation)
-        probe_set = take_probe_set(config, validation)
-        sampler = WindowSampler(train, config.training.sequence_length, config.seed)
-        model_config = config.model_config(corpus.metadata.vocab_size)
-        state = watchdog.state = initial_state(config, model_config, corpus, processes.world_size)
+def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
+    config, state = job.config, job.state
     require_same_settings(state, processes)
 
     directory = config.directory
@@ -95,28 +96,27 @@ def _pretrain(config: RunConfig, processes: Processes, watchdog: Watchdog) -> Re
     initial = None
     if latest is None and config.init.weights is not None:
         with together(processes):
-            initial = InitialWeights(config.init, model_config, corpus.tokenizer.fingerprint(), config.seed)
-    engine = build_engine(config, model_config, processes, initial)
+            initial = job.initial()
+    engine = job.build(processes, initial)
     watchdog.watch(engine.module)
     if latest is not None:
         saved = checkpoints.restore(engine, source, state)
         state.step, state.samples, state.tokens, state.seconds = saved.step, saved.samples, saved.tokens, saved.seconds
     log = RunLog(config, directory, state.step, processes.is_main)
     if latest is not None:
-        log.say(f"continuing from {latest.path}, step {state.step}{changes_of_shape(config, latest.state, state)}")
+        changes = changes_of_shape(config, latest.state, state, job.sample)
+        log.say(f"continuing from {latest.path}, step {state.step}{changes}")
 
     if initial is not None:
         log.say(initial.description)
     timing = Timing(config, engine.module, processes, directory, log.say)
-    probe = LiveProbe(config, engine, probe_set, processes, directory, log)
     saver = checkpoints.Saver(engine, directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
-    scores: dict[int, Score] = {}
+    scores: dict[int, Any] = {}
 
     def validate(step: int) -> None:
-        last, device = step == config.training.steps, processes.device
         with watchdog.phase("validation"):
-            scores[step] = validation_score(config, model_config, engine, validation, corpus, device, full=last)
-        log.validation(step, validation_values(scores[step]))
+            scores[step] = job.validate(engine, full=step == config.training.steps)
+        log.validation(step, job.validation_values(scores[step]))
 
     def save() -> None:
         with watchdog.phase("checkpoint"):
@@ -127,16 +127,15 @@ def _pretrain(config: RunConfig, processes: Processes, watchdog: Watchdog) -> Re
         config,
         engine,
         processes,
-        sampler,
+        job.feed,
         state,
         log,
         timing,
-        bits_per_nat=len(train) / train.symbols / math.log(2),
         validate=validate,
-        probe=probe,
+        probe=job.prober(engine, processes, log),
         save=save,
         settle=saver.settle,
-        flops_per_token=model_sizes(model_config).flops_per_token(config.training.sequence_length),
+        flops_per_unit=job.flops_per_unit,
         peak_flops=peak_flops(processes.device, config.training.precision),
     )
     try:
@@ -152,49 +151,17 @@ def _pretrain(config: RunConfig, processes: Processes, watchdog: Watchdog) -> Re
     table = timing_table(metrics_log.read(directory / "metrics.jsonl"), timing.occasions) if processes.is_main else ""
     if not finished:
         return Result(directory, False, state, None, None, table, loop.signalled)
-    score = scores.get(state.step) or validation_score(
-        config, model_config, engine, validation, corpus, processes.device, full=True
-    )
+    score = scores[state.step] if state.step in scores else job.validate(engine, full=True)
     with watchdog.phase("export"):
-        hf = export_engine(engine, directory, corpus.tokenizer, state.step)
+        hf = job.export(engine, state.step)
     return Result(directory, True, state, score, hf, table)
 
 
-def initial_state(config: RunConfig, model_config: S2MoEConfig, corpus: Corpus, world_size: int) -> TrainingState:
-    """The state of a run that has not begun, with everything that a checkpoint must agree with."""
-    resolved = to_dict(config)
-    resolved["model"] = {name: getattr(model_config, name) for name in config.model}
-    return TrainingState(
-        seed=config.seed,
-        world_size=world_size,
-        expert_parallel=config.training.expert_parallel,
-        zero_stage=config.training.zero_stage,
-        precision=config.training.precision,
-        corpus=f"{corpus.metadata.name}:{corpus.metadata.splits[config.data.train].sha256[:16]}",
-        tokenizer=corpus.tokenizer.fingerprint(),
-        config=resolved,
-        versions={"torch": str(torch.__version__), "deepspeed": deepspeed.__version__},
-    )
-
-
-def check_prompt(config: RunConfig, corpus: Corpus) -> None:
-    """Raise ConfigError unless the sample at the end of the run can begin."""
-    if config.logging.sample_tokens == 0:
-        return
-    prompt = config.logging.sample_prompt
-    try:
-        tokens = len(corpus.tokenizer.encode(prompt))
-    except CorpusError as error:
-        raise ConfigError(
-            f"logging.sample_prompt: {prompt!r} cannot be encoded: {error}; "
-            "give another one, or logging.sample_tokens=0"
-        ) from error
-    if tokens == 0:
-        raise ConfigError(f"logging.sample_prompt: {prompt!r} has no token: give some text, or logging.sample_tokens=0")
-
-
 def prepare_directory(
-    config: RunConfig, state: TrainingState, processes: Processes, progress: Callable[[], None] = lambda: None
+    config: RunConfig | VisionRunConfig,
+    state: TrainingState,
+    processes: Processes,
+    progress: Callable[[], None] = lambda: None,
 ) -> Checkpoint | None:
     """Clean up after an earlier process, choose the checkpoint to continue from, write config.yaml. Collective.
 
@@ -243,7 +210,7 @@ def _warn(message: str, processes: Processes) -> None:
         print(f"warning: {message}", flush=True)
 
 
-def _choose(config: RunConfig, folder: Path, damaged: set[Path]) -> Checkpoint | None:
+def _choose(config: RunConfig | VisionRunConfig, folder: Path, damaged: set[Path]) -> Checkpoint | None:
     latest = checkpoints.find_latest(folder, lambda message: print(f"warning: {message}", flush=True), damaged)
     resume = config.checkpoint.resume
     if latest is None and resume == "must":
@@ -261,12 +228,13 @@ def _choose(config: RunConfig, folder: Path, damaged: set[Path]) -> Checkpoint |
     return latest
 
 
-def _prepare(config: RunConfig, state: TrainingState, latest: Checkpoint | None) -> None:
+def _prepare(config: RunConfig | VisionRunConfig, state: TrainingState, latest: Checkpoint | None) -> None:
     directory = config.directory
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         if latest is not None:
             checkpoints.require_same(latest, state)
+            assert config.training.steps is not None
             if latest.state.step > config.training.steps:
                 raise ConfigError(
                     f"training.steps: {latest.path} is beyond it, got {config.training.steps}: "
@@ -283,7 +251,9 @@ def _prepare(config: RunConfig, state: TrainingState, latest: Checkpoint | None)
         raise ConfigError(f"cannot write the run directory {directory}: {error}") from error
 
 
-def changes_of_shape(config: RunConfig, before: TrainingState, now: TrainingState) -> str:
+def changes_of_shape(
+    config: RunConfig | VisionRunConfig, before: TrainingState, now: TrainingState, sample: str = "sequences"
+) -> str:
     """For the user: that the run goes on in another shape, and whether that can be seen in its losses."""
     if shape_of(before) == shape_of(now):
         return ""
@@ -293,35 +263,7 @@ def changes_of_shape(config: RunConfig, before: TrainingState, now: TrainingStat
     is_now = config.micro_batch(now.world_size)
     if was != is_now:
         text += (
-            f". Micro-batches of {is_now} sequences instead of {was}: dropout and noise are drawn otherwise than "
+            f". Micro-batches of {is_now} {sample} instead of {was}: dropout and noise are drawn otherwise than "
             f"they would have been, which training.micro_batch={was} avoids"
         )
     return text
-
-
-def validation_score(
-    config: RunConfig,
-    model_config: S2MoEConfig,
-    engine: Any,
-    stream: Any,
-    corpus: Corpus,
-    device: torch.device,
-    full: bool,
-) -> Score:
-    """Score the validation split, all of it or its first `evaluation.max_symbols`. Collective."""
-    settings = config.evaluation
-    protocol = Protocol(
-        context=settings.context,
-        segment=settings.segment,
-        batch=settings.batch,
-        max_symbols=None if full else settings.max_symbols,
-        attention_window=model_config.max_position_embeddings,
-    )
-    stream.require_unchanged()
-    engine.eval()
-    return evaluate(engine, stream, corpus.metadata.vocab_size, protocol, device)
-
-
-def validation_values(score: Score) -> dict[str, float]:
-    """The figures of a validation, as metrics.jsonl has them."""
-    return {"val/bpc": score.bits_per_symbol, "val/loss": score.nats / score.tokens, "val/symbols": score.symbols}

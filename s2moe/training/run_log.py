@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2moe.config.run import RunConfig
+from s2moe.config.run import Run
 from s2moe.metrics.load import load_figures
 
 from .console import Console, format_figures
@@ -18,7 +18,7 @@ from .tensorboard import TensorBoard
 class RunLog:
     """The log of a run that continues from `step`. On processes other than 0 every method does nothing."""
 
-    def __init__(self, config: RunConfig, directory: Path, step: int, is_main: bool) -> None:
+    def __init__(self, config: Run, directory: Path, step: int, is_main: bool) -> None:
         self._images_every = config.logging.images_every
         self._images_at = step
         self._metrics = MetricsLog(directory / "metrics.jsonl", step) if is_main else None

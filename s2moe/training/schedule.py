@@ -8,16 +8,25 @@ from collections.abc import Callable
 from s2moe.config.run import ScheduleConfig
 
 
-def lr_multiplier(schedule: ScheduleConfig, step: int, steps: int) -> float:
+def lr_multiplier(schedule: ScheduleConfig, step: int, steps: int, epoch: int = 0) -> float:
     """Factor of the peak learning rate for the update number `step` (from 0) of `steps`.
 
-    Warm-up is linear and reaches 1 at update `warmup_steps - 1`. Then either half a cosine from 1 to
-    `min_lr_ratio`, or 1 until the last `cooldown_fraction` of the run and a straight line to
-    `min_lr_ratio`; both arrive there at the last update, `steps - 1`.
+    Warm-up is linear and reaches 1 at update `warmup_steps - 1`. Then, by kind:
+    - cosine: half a cosine from 1 to `min_lr_ratio`;
+    - constant_cooldown: 1 until the last `cooldown_fraction` of the run, and a straight line to `min_lr_ratio`;
+    - linear: that straight line from the end of the warm-up on;
+    - constant: 1;
+    - step: times `step_factor` after every `step_epochs` epochs, of which `epoch` are done.
+    The first three arrive at `min_lr_ratio` at the last update, `steps - 1`.
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
-    if schedule.kind == "cosine":
+    kind: str = schedule.kind
+    if kind == "constant":
+        return 1.0
+    if kind == "step":
+        return float(schedule.step_factor ** (epoch // schedule.step_epochs))  # type: ignore[attr-defined]
+    if kind == "cosine":
         start = schedule.warmup_steps
         shape: Callable[[float], float] = math.cos
     else:

@@ -9,6 +9,7 @@ from .layer_times import PARTS
 from .phases import STEP_PHASES
 
 OCCASIONS = ("checkpoint", "evaluation", "probe")
+UNITS = ("tokens", "images")  # what a speed may be of
 WAIT_MEANS = "for the slowest process"
 
 
@@ -55,7 +56,8 @@ def _totals(
         seconds = sum(event.get(key, 0.0) for event in events) + unlogged.get(key, 0.0)
         if seconds:
             lines.append(f"  {name}: {seconds:,.1f} s in all")
-    speed = [f"{_harmonic(weighted):,.0f} tokens/s"]
+    unit = next(unit for unit in UNITS if f"{unit}_per_second" in weighted[0][1])
+    speed = [f"{_harmonic(weighted, f'{unit}_per_second'):,.0f} {unit}/s"]
     if (mfu := _mean(weighted, "mfu")) is not None:
         speed.append(f"MFU {mfu:.1%}")
     if (imbalance := _mean(weighted, "expert_parallel/imbalance")) is not None:
@@ -72,7 +74,7 @@ def _mean(weighted: Sequence[tuple[int, Mapping[str, Any]]], key: str) -> float 
     return sum(steps * value for steps, value in values) / total if total else None
 
 
-def _harmonic(weighted: Sequence[tuple[int, Mapping[str, Any]]]) -> float:
-    """Tokens per second over all steps: their time is what adds up."""
+def _harmonic(weighted: Sequence[tuple[int, Mapping[str, Any]]], key: str) -> float:
+    """A speed over all steps: their time is what adds up."""
     total = sum(steps for steps, _ in weighted)
-    return total / sum(steps / event["tokens_per_second"] for steps, event in weighted)
+    return total / sum(steps / event[key] for steps, event in weighted)

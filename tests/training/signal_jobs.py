@@ -12,6 +12,7 @@ import torch
 
 from s2moe.config import load
 from s2moe.config.run import RunConfig
+from s2moe.training import language
 from s2moe.training import run as run_module
 from s2moe.training.checkpoint import list_complete
 from s2moe.training.loop import TrainingLoop
@@ -20,7 +21,7 @@ from s2moe.training.signals import catch_stop_signals, stop_signal
 
 PLACES = {
     "a step": (TrainingLoop, "_forward"),
-    "a validation": (run_module, "evaluate"),
+    "a validation": (language, "evaluate"),
     "a checkpoint": (torch, "save"),
 }
 

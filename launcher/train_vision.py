@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""Train a vision model: a classic mixture of experts, SNNL-MoE, V-MoE, SMoE-VAE.
+
+    python launcher/train_vision.py --config configs/vision/digits_quick.yaml         one process; needs no network
+    deepspeed launcher/train_vision.py --config configs/vision/...                     all GPUs of this machine
+    deepspeed --num_accelerators 2 launcher/train_vision.py --config ...               2 processes, also on the CPU
+    torchrun --standalone --nproc-per-node 2 launcher/train_vision.py --config ...
+
+Settings come from the YAML file and, on top of it, from section.key=value arguments:
+
+    ... --config configs/vision/mnist_attentive.yaml data.source=~/mnist seed=2 name=second
+    ... --config ... model.kind=mixture model.gate=attentive                          another model
+    ... --config ... training.epochs=1 optimizer.lr=3e-4
+
+A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when it is finished,
+evaluation.json and hf/. Started again with the same command, it continues from its newest complete checkpoint.
+
+--dry-run opens the images, prints parameters and steps, and trains nothing. --list-sets and --list-kinds say which
+images and models there are.
+
+All rows of a published table, each with several seeds, beside the published figures:
+
+    python launcher/train_vision.py --table mnist --source ~/mnist --jobs 2           10 runs a row, as published
+    python launcher/train_vision.py --table mnist --runs 3 --rows vanilla,attentive --epochs 5
+    python launcher/train_vision.py --list-tables
+
+It writes runs/tables/<table>: results.csv, table.md and figures. Every run is a directory of its own: started again
+with the same command, finished runs are kept and unfinished ones go on. Settings after the options go to every run.
+
+SIGTERM and SIGUSR1, to any process of a run, save a checkpoint at the end of the step and stop it.
+
+Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
+3 the loss or the gradient was not finite, processes diverged, or a checkpoint could not be written,
+4 another process was lost, or nothing went on for training.timeout_minutes, 75 stopped by a signal: to be
+started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+
+if TYPE_CHECKING:
+    from s2moe.config.vision import VisionRunConfig
+
+try:
+    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+except ImportError:  # started as a file, from any directory
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+
+prepare_environment()
+
+EXAMPLE = "configs/vision/digits_quick.yaml"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; what is not an option is a setting."""
+    parser = run_parser()
+    for name in ("sets", "kinds", "tables"):
+        parser.add_argument(f"--list-{name}", action="store_true")
+    table = parser.add_argument_group("tables")
+    table.add_argument("--table")
+    table.add_argument("--runs", type=int, help="runs a row; default: as many as published")
+    table.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    table.add_argument("--rows", help="only these rows, separated by commas")
+    table.add_argument("--epochs", type=float, help="of every stage, instead of the published number")
+    table.add_argument("--source", help="a local copy of the images")
+    table.add_argument("--output", default="runs/tables", help="where the table's directory is made")
+    options = parser.parse_intermixed_args(arguments)
+    if options.table is None:
+        for name in ("runs", "rows", "epochs", "source"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} goes with --table")
+    elif options.config is not None:
+        parser.error("--table and --config exclude one another: a table has its own settings")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Read the settings, then explain, plan or train."""
+    options = parse(arguments)
+    if options.help:
+        from s2moe.config.help import help_text
+        from s2moe.config.vision import VisionRunConfig, explain_kinds
+
+        print_help(f"{__doc__}\n{help_text(VisionRunConfig)}{explain_kinds()}")
+    elif options.list_sets:
+        from s2moe.data.images import IMAGE_SETS
+
+        print("\n".join(f"{name:20} {known.summary}" for name, known in IMAGE_SETS.items()))
+    elif options.list_kinds:
+        from s2moe.models.vision import VISION_KINDS
+
+        print("\n".join(f"{name:20} {kind.summary}" for name, kind in VISION_KINDS.items()))
+    elif options.list_tables:
+        from s2moe.training.tables import list_tables
+
+        print(list_tables())
+    elif options.table is not None:
+        make_table(options)
+    elif options.config is None:
+        fail(f"error: --config is missing; for example --config {EXAMPLE}, or --table mnist (--help explains)", 2)
+    else:
+        from s2moe.config import load
+        from s2moe.config.vision import VisionRunConfig
+
+        config = load(VisionRunConfig, options.config, options.overrides)
+        if options.dry_run:
+            dry_run(config)
+        else:
+            train(config)
+
+
+def dry_run(config: VisionRunConfig) -> None:
+    """Print what the run would be."""
+    from s2moe.training.vision_report import plan
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(plan(config))
+
+
+def train(config: VisionRunConfig) -> None:
+    """Train, then report."""
+    from s2moe.training.vision import train_vision
+    from s2moe.training.vision_report import report
+
+    train_and_report(config, config.data.open, train_vision, report)
+
+
+def make_table(options: argparse.Namespace) -> None:
+    """Train all rows of a table that are not finished, and write it."""
+    from s2moe.training.tables import run_table
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    run_table(
+        options.table,
+        runs=options.runs,
+        jobs=options.jobs,
+        rows=options.rows.split(",") if options.rows else None,
+        epochs=options.epochs,
+        source=options.source,
+        output=options.output,
+        overrides=options.overrides,
+        dry_run=options.dry_run,
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""What the runs of a table came to: means and deviations over seeds, beside the published figures; tests of pairs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2moe.config import to_yaml
+from s2moe.config.vision import VisionRunConfig
+from s2moe.training import metrics_log
+from s2moe.training.vision import EVALUATION_FILE, read_evaluation
+
+from .spec import Numbers, Order, Stage, Table
+
+SETTINGS_FILE = "table.yaml"  # what the table asked of a run
+ELSEWHERE = {"data": ("source", "dir"), "training": ("timeout_minutes",)}  # settings that do not change a result
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of a row."""
+
+    row: str
+    seed: int
+    figures: dict[str, float]
+    evaluation: dict[str, Any]
+
+
+def settings_of(config: VisionRunConfig) -> str:
+    """The settings that decide a run's results, as text."""
+    from s2moe.config import to_dict
+
+    tree = to_dict(config)
+    for section, names in ELSEWHERE.items():
+        tree[section] = {name: value for name, value in tree[section].items() if name not in names}
+    weights = tree["init"]["weights"]
+    if weights is not None:  # where the table's directory lies does not matter
+        tree["init"]["weights"] = "/".join(Path(weights).parts[-3:])
+    for name in ("output_dir", "checkpoint", "logging", "profile"):
+        del tree[name]
+    return to_yaml(tree)
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the run is there."""
+    return (stage.config.directory / EVALUATION_FILE).is_file() and (stage.config.directory / "hf").is_dir()
+
+
+def read_run(stage: Stage) -> Run:
+    """The figures of a finished run; beside those of its evaluation the last training error and the seconds."""
+    directory = stage.config.directory
+    evaluation = read_evaluation(directory)
+    figures = dict(evaluation["figures"])
+    training = [event for event in metrics_log.read(directory / "metrics.jsonl") if "train/loss" in event]
+    for name in ("error", "task_loss"):
+        if f"train/{name}" in training[-1]:
+            figures[f"train_{name}"] = training[-1][f"train/{name}"]
+    if "h_s" in figures:
+        figures["ese_routing"] = figures["h_s"] * math.log(2)  # in nats
+        experts = len(evaluation["selection"])
+        if experts > 1:
+            figures["ese_normalised"] = figures["h_s"] / math.log2(experts)
+    if "error" in figures:
+        figures["accuracy"] = 1 - figures["error"]
+    figures["seconds"] = training[-1]["seconds"]
+    return Run(stage.row, stage.seed, figures, evaluation)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample deviation (of n - 1); no deviation of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def numbers(runs: Sequence[Run], figures: Mapping[str, str]) -> Numbers:
+    """Mean and deviation of each figure that all of the runs have."""
+    return {
+        name: mean_and_deviation([run.figures[name] for run in runs])
+        for name in figures
+        if runs and all(name in run.figures for run in runs)
+    }
+
+
+def to_csv(table: Table, runs: Sequence[Run]) -> str:
+    """One line a run with every figure."""
+    names = sorted({name for run in runs for name in run.figures}, key=lambda n: (n not in table.figures, n))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "seed", *names])
+    for run in runs:
+        writer.writerow([run.row, run.seed, *(run.figures.get(name, "") for name in names)])
+    return text.getvalue()
+
+
+def to_markdown(table: Table, runs: Sequence[Run], how: str) -> str:
+    """The table: one for each figure, then the claims."""
+    by_row = {row.name: [run for run in runs if run.row == row.name] for row in table.rows}
+    lines = [f"# {table.title}", "", how, ""]
+    if table.note:
+        lines += [table.note.strip(), ""]
+    for figure, name in table.figures.items():
+        if any(figure in numbers(found, table.figures) for found in by_row.values()):
+            lines += _figure_table(table, by_row, figure, name)
+    if table.orders:
+        lines += _orders(table, by_row)
+    notes = [f"- {row.label}: {row.note.strip()}" for row in table.rows if row.note]
+    return "\n".join([*lines, *notes, ""])
+
+
+def _figure_table(table: Table, by_row: Mapping[str, Sequence[Run]], figure: str, name: str) -> list[str]:
+    has_training = figure == "error"
+    columns = ["row", "n", "here: mean ± sd", *(["run of the lowest training error"] if has_training else [])]
+    columns += ["published", "all runs of the published configuration"]
+    lines = [f"**{name}**", "", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for row in table.rows:
+        found = by_row[row.name]
+        cells = [row.label, str(len(found)), _text(numbers(found, table.figures).get(figure))]
+        if has_training:
+            trained = [run for run in found if "train_error" in run.figures]
+            best = min(trained, key=lambda run: run.figures["train_error"], default=None)
+            cells.append("" if best is None else f"{best.figures['error']:.4f}")
+        cells += [_text(row.published.get(figure)), _text(row.corrected.get(figure))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _text(number: tuple[float, float | None] | None) -> str:
+    if number is None:
+        return ""
+    mean, deviation = number
+    digits = 4 if abs(mean) < 1 else 3
+    return f"{mean:.{digits}f}" + ("" if deviation is None or math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+
+
+def _orders(table: Table, by_row: Mapping[str, Sequence[Run]]) -> list[str]:
+    lines = [
+        "**Which orders hold**",
+        "",
+        "Difference: second row minus first, of runs with the same seed. p of the paired t-test and of Wilcoxon's "
+        "signed-rank test, two-sided.",
+        "",
+        "| claim | published | all runs published | here | difference | t-test | Wilcoxon |",
+        "|" + " --- |" * 7,
+    ]
+    for order in table.orders:
+        lower, higher = table.row(order.lower), table.row(order.higher)
+        ours = [numbers(by_row[row.name], table.figures) for row in (lower, higher)]
+        cells = [
+            f"{order.claim}: {table.figures.get(order.figure, order.figure)} of {lower.label} < {higher.label}",
+            _holds(order, lower.published, higher.published),
+            _holds(order, lower.corrected, higher.corrected),
+            _holds(order, *ours),
+            *paired(by_row[order.lower], by_row[order.higher], order.figure),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _holds(order: Order, lower: Numbers, higher: Numbers) -> str:
+    if order.figure not in lower or order.figure not in higher:
+        return ""
+    return "yes" if lower[order.figure][0] < higher[order.figure][0] else "no"
+
+
+def paired(first: Sequence[Run], second: Sequence[Run], figure: str) -> tuple[str, str, str]:
+    """Mean difference ± deviation over common seeds, and the p-values of the paired t-test and Wilcoxon's test."""
+    other = {run.seed: run.figures[figure] for run in second if figure in run.figures}
+    differences = [
+        other[run.seed] - run.figures[figure] for run in first if figure in run.figures and run.seed in other
+    ]
+    if not differences:
+        return "", "", ""
+    text = _text(mean_and_deviation(differences))
+    if len(differences) < 3 or not any(differences):
+        return text, "", ""
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal differences, or few of them
+        t_test = stats.ttest_1samp(differences, 0.0).pvalue
+        wilcoxon = stats.wilcoxon(differences).pvalue
+    return text, f"{t_test:.3g}", f"{wilcoxon:.3g}"

@@ -1,0 +1,182 @@
+"""Trains what is missing of a table's runs, and writes the table.
+
+Every run is a directory, and a run that was interrupted goes on from its checkpoint. So the same command continues a
+table that was killed, and adds seeds or rows to one that is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from s2moe.config import ConfigError
+from s2moe.training.console import format_seconds
+from s2moe.training.errors import TrainingError
+from s2moe.training.vision import build_model
+
+from . import figures, results
+from .spec import Stage, Table, plan_runs, read_table
+from .workers import Outcome, train_all
+
+
+def run_table(
+    name: str,
+    runs: int | None = None,
+    jobs: int = 1,
+    rows: Sequence[str] | None = None,
+    epochs: float | None = None,
+    source: str | None = None,
+    output: str = "runs/tables",
+    overrides: Sequence[str] = (),
+    dry_run: bool = False,
+) -> Path:
+    """Make the table called `name` in `output`/`name`, and return that directory.
+
+    Args:
+        runs: seeds of each row; None: as many as published.
+        jobs: runs at a time.
+        rows: of the table; None: all.
+        epochs: of every stage, instead of the published number.
+        overrides: settings for every run.
+        dry_run: only say what there would be to train.
+
+    Raises:
+        ConfigError, CorpusError: the table, a setting or the data does not allow it.
+        TrainingError: runs failed; the table holds the others.
+    """
+    table = read_table(name).chosen(rows)
+    runs = table.runs if runs is None else runs
+    for value, key in ((runs, "--runs"), (jobs, "--jobs")):
+        if value < 1:
+            raise ConfigError(f"{key}: must be at least 1, got {value}")
+    directory = Path(output) / table.name
+    chains = plan_runs(table, directory, runs, epochs, source, overrides)
+    stages = [stage for chain in chains for stage in chain]
+    check(stages)
+    missing = [[stage for stage in chain if not results.is_finished(stage)] for chain in chains]
+    left = sum(map(len, missing))
+    print(f"{table.title}: {len(stages)} runs, {len(stages) - left} of them finished; {directory}", flush=True)
+    if dry_run:
+        print("\n".join(f"  {stage.label}" for chain in missing for stage in chain))
+        return directory
+    failed = train_missing(missing, jobs, directory) if left else []
+    finished = [chain[-1] for chain in chains if all(map(results.is_finished, chain))]
+    write(table, finished, directory, how(table, runs, epochs, overrides, stages))
+    print((directory / "table.md").read_text(encoding="utf-8"))
+    print(f"table directory: {directory}", flush=True)
+    if failed:
+        told = "; ".join(f"{outcome.stage.label}: {outcome.error}" for outcome in failed[:5])
+        raise TrainingError(f"{len(failed)} of {left} runs failed: {told}. The same command tries them again")
+    return directory
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Find mistakes before the first run: the data, each model, and finished runs of other settings.
+
+    Raises:
+        ConfigError, CorpusError: naming what is wrong.
+    """
+    seen: dict[str, Any] = {}
+    for stage in stages:
+        data = str(stage.config.data)
+        if data not in seen:
+            seen[data] = stage.config.data.open()
+        if stage.seed == stages[0].seed:
+            import torch
+
+            config = stage.config.for_images(len(seen[data].train))
+            with torch.device("meta"):
+                build_model(config, config.model_config(seen[data]), parallel=False)
+        file = stage.config.directory / results.SETTINGS_FILE
+        if file.is_file() and file.read_text(encoding="utf-8") != results.settings_of(stage.config):
+            raise ConfigError(
+                f"{stage.config.directory} was begun with other settings than the table has now (compare its "
+                f"{results.SETTINGS_FILE}): choose another --output, or remove it"
+            )
+
+
+def train_missing(chains: Sequence[Sequence[Stage]], jobs: int, directory: Path) -> list[Outcome]:
+    """Train the runs, showing how far it is; returns the failed ones.
+
+    Raises:
+        ConfigError: a run found a mistake that the others would meet too.
+    """
+    for stage in (stage for chain in chains for stage in chain):
+        stage.config.directory.mkdir(parents=True, exist_ok=True)
+        text = results.settings_of(stage.config)
+        (stage.config.directory / results.SETTINGS_FILE).write_text(text, encoding="utf-8")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, _interrupt)
+    failed: list[Outcome] = []
+    progress = Progress(chains)
+    log = directory / "runs.log"
+    try:
+        for outcome in train_all(chains, jobs, log):
+            progress.done(outcome)
+            if outcome.fatal:
+                raise ConfigError(f"{outcome.stage.label}: {outcome.error}")
+            if outcome.error:
+                failed.append(outcome)
+    finally:
+        progress.close()
+    return failed
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class Progress:
+    """A bar in a terminal, a line a run elsewhere; the time left is by the epochs that are left."""
+
+    def __init__(self, chains: Sequence[Sequence[Stage]]) -> None:
+        self._runs = sum(map(len, chains))
+        self._total = sum(stage.config.training.epochs for chain in chains for stage in chain)
+        self._done, self._count, self._begin = 0.0, 0, time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} epochs [{elapsed}<{remaining}{postfix}]"
+            self._bar = tqdm(total=self._total, file=sys.stderr, dynamic_ncols=True, bar_format=layout)
+
+    def done(self, outcome: Outcome) -> None:
+        """A run has ended."""
+        self._count += 1
+        epochs = outcome.stage.config.training.epochs
+        self._done += epochs
+        told = f"{outcome.stage.label} failed: {outcome.error}" if outcome.error else outcome.stage.label
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._count}/{self._runs} runs")
+            self._bar.update(epochs)
+            if outcome.error:
+                self._bar.write(told, file=sys.stderr)
+            return
+        left = (time.monotonic() - self._begin) / self._done * max(0.0, self._total - self._done)
+        print(f"{self._count}/{self._runs} runs  {told}  {format_seconds(left)} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def how(table: Table, runs: int, epochs: float | None, overrides: Sequence[str], stages: Sequence[Stage]) -> str:
+    """What was run, for the head of the table."""
+    sets = sorted({stage.config.data.name for stage in stages})
+    length = "the published number of epochs" if epochs is None else f"{epochs:g} epochs a stage"
+    changes = f", {' '.join(overrides)}" if overrides else ""
+    return f"{runs} runs a row (the table's own: {table.runs}), {length}, on {', '.join(sets)}{changes}."
+
+
+def write(table: Table, finished: Sequence[Stage], directory: Path, text: str) -> None:
+    """Write results.csv, table.md and the pictures."""
+    found = [results.read_run(stage) for stage in finished]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.csv").write_text(results.to_csv(table, found), encoding="utf-8")
+    (directory / "table.md").write_text(results.to_markdown(table, found, text), encoding="utf-8")
+    figures.draw(table, found, directory)

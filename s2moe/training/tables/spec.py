@@ -1,0 +1,264 @@
+"""What a table is made of: rows of runs in stages, and what was published, from `configs/vision/tables/<name>.yaml`.
+
+    title: what the table shows
+    runs: 10                        seeds 1 to 10 for every row
+    figures: {error: test error}    what is tabulated, of evaluation.json, and its name
+    base: {data: {name: mnist}}     settings of every stage of every row
+    rows:
+      vanilla:
+        label: vanilla MoE
+        stages: [{}]                settings of each stage, on top of base
+        published: {error: [.038, .009]}      mean and deviation as printed
+        corrected: {error: [.0443, .0085]}    those of all runs of the one configuration
+      distilled:
+        after: attentive            the first stage begins with that row's finished run of the same seed
+        stages: [{init: {stage: distil}}]
+    orders:                         claims to look at
+      - {claim: "attentive gating is sharper", figure: h_s, lower: attentive, higher: vanilla}
+
+A stage may have `by_seed`, a list of settings that seeds take in turn. A stage after another one begins with its
+weights. Every key is checked before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from s2moe.config.loader import build as build_section
+from s2moe.config.loader import check_keys, read_override
+from s2moe.config.options import ConfigError, dataclass_section
+from s2moe.config.vision import VisionRunConfig
+from s2moe.options import deep_merge, nearest
+
+FOLDER = Path(__file__).resolve().parents[3] / "configs" / "vision" / "tables"
+ROW_KEYS = ("label", "after", "base", "stages", "published", "corrected", "note")
+BY_SEED = "by_seed"
+TABLE_KEYS = ("title", "runs", "figures", "base", "rows", "orders", "note", "boxes")
+
+Numbers = dict[str, tuple[float, float | None]]  # mean and deviation by figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: settings of each stage, and what was published."""
+
+    name: str
+    label: str
+    stages: tuple[tuple[dict[str, Any], ...], ...]  # of each stage the settings that seeds take in turn
+    after: str | None = None
+    published: Numbers = field(default_factory=dict)
+    corrected: Numbers = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A claim: row `lower` has a lower mean of a figure than row `higher`."""
+
+    claim: str
+    figure: str
+    lower: str
+    higher: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table."""
+
+    name: str
+    title: str
+    runs: int
+    figures: dict[str, str]
+    rows: tuple[Row, ...]
+    orders: tuple[Order, ...] = ()
+    boxes: tuple[str, ...] = ()  # figures that are drawn over seeds
+    note: str = ""
+
+    def row(self, name: str) -> Row:
+        """The row called `name`."""
+        return next(row for row in self.rows if row.name == name)
+
+    def chosen(self, names: Sequence[str] | None) -> Table:
+        """The table with these rows, and those that they come after.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        if names is None:
+            return self
+        wanted = set()
+        known = {row.name: row for row in self.rows}
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"--rows: table {self.name} has no row {name!r}{nearest(name, known)}; it has {', '.join(known)}"
+                )
+            needed: str | None = name
+            while needed is not None and needed not in wanted:
+                wanted.add(needed)
+                needed = known[needed].after
+        orders = tuple(order for order in self.orders if {order.lower, order.higher} <= wanted)
+        return Table(
+            self.name,
+            self.title,
+            self.runs,
+            self.figures,
+            tuple(row for row in self.rows if row.name in wanted),
+            orders,
+            self.boxes,
+            self.note,
+        )
+
+
+def list_tables() -> str:
+    """One line a table: its name and title."""
+    names = table_names()
+    width = max(map(len, names))
+    return "\n".join(f"{name:{width}}  {_read(name)['title']}" for name in names)
+
+
+def table_names() -> list[str]:
+    """The tables that there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read_table(name: str) -> Table:
+    """The table called `name`, or in a file of that path.
+
+    Raises:
+        ConfigError: there is none, or its file is not one.
+    """
+    tree = _read(name)
+    _check(tree, TABLE_KEYS, f"table {name}")
+    base = tree.get("base") or {}
+    rows = [_row(key, row, base, f"table {name}: rows.{key}") for key, row in tree["rows"].items()]
+    known = [row.name for row in rows]
+    for place, row in enumerate(rows):
+        if row.after is not None and row.after not in known[:place]:
+            raise ConfigError(f"table {name}: rows.{row.name}.after: {row.after!r} is no row above it")
+    orders = tuple(Order(**order) for order in tree.get("orders") or ())
+    for order in orders:
+        for row_name in (order.lower, order.higher):
+            if row_name not in known:
+                raise ConfigError(f"table {name}: orders: there is no row {row_name!r}{nearest(row_name, known)}")
+    return Table(
+        Path(name).stem,
+        tree["title"],
+        tree.get("runs", 1),
+        tree["figures"],
+        tuple(rows),
+        orders,
+        tuple(tree.get("boxes") or ()),
+        tree.get("note", ""),
+    )
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = table_names()
+        raise ConfigError(f"--table: there is no table {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or "figures" not in tree:
+        raise ConfigError(f"{path}: a table has title, figures and rows")
+    return tree
+
+
+def _row(name: str, tree: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Row:
+    _check(tree, ROW_KEYS, where)
+    own = deep_merge(base, tree.get("base") or {})
+    section = dataclass_section(VisionRunConfig)
+    stages = []
+    for number, stage in enumerate(tree.get("stages") or [{}]):
+        by_seed = stage.get(BY_SEED) or [{}]
+        given = {key: value for key, value in stage.items() if key != BY_SEED}
+        for part in (given, *by_seed):
+            check_keys(part, section, source=f"{where}.stages[{number}]: ")
+        stages.append(tuple(deep_merge(deep_merge(own, given), part) for part in by_seed))
+    return Row(
+        name,
+        tree.get("label", name),
+        tuple(stages),
+        tree.get("after"),
+        _numbers(tree.get("published")),
+        _numbers(tree.get("corrected")),
+        tree.get("note", ""),
+    )
+
+
+def _numbers(tree: Mapping[str, Any] | None) -> Numbers:
+    return {
+        name: (float(value[0]), float(value[1])) if isinstance(value, list) else (float(value), None)
+        for name, value in (tree or {}).items()
+    }
+
+
+def _check(tree: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in tree:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a table."""
+
+    row: str
+    seed: int
+    number: int  # from 1
+    config: VisionRunConfig
+    last: bool
+
+    @property
+    def label(self) -> str:
+        """For the person who waits."""
+        return f"{self.row}, seed {self.seed}" + ("" if self.last and self.number == 1 else f", stage {self.number}")
+
+
+def plan_runs(
+    table: Table,
+    directory: Path,
+    runs: int,
+    epochs: float | None = None,
+    source: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[list[Stage]]:
+    """The runs of a table, in chains of which each run begins with the one before: seed by seed, row by row.
+
+    Raises:
+        ConfigError: a setting is impossible, or one of those that the table itself decides.
+    """
+    section = dataclass_section(VisionRunConfig)
+    given: dict[str, Any] = {}
+    for text in overrides:
+        given = deep_merge(given, read_override(text, section))
+    for key in ("name", "output_dir", "seed", "init"):
+        if key in given:
+            raise ConfigError(f"{key}: is decided by the table, for each run")
+    if epochs is not None:
+        given = deep_merge(given, {"training": {"epochs": epochs}})
+    if source is not None:
+        given = deep_merge(given, {"data": {"source": source}})
+    chains: dict[tuple[int, str], list[Stage]] = {}
+    for seed in range(1, runs + 1):
+        for row in table.rows:
+            before = chains[seed, row.after][-1].config.directory if row.after is not None else None
+            stages: list[Stage] = []
+            for number, settings in enumerate(row.stages, start=1):
+                place = {"name": f"stage{number}", "output_dir": str(directory / "runs" / row.name / f"seed{seed}")}
+                tree = deep_merge(deep_merge(settings[(seed - 1) % len(settings)], given), {**place, "seed": seed})
+                if before is not None:
+                    tree = deep_merge(tree, {"init": {"weights": str(before)}})
+                config = build_section(section, tree)
+                stages.append(Stage(row.name, seed, number, config, number == len(row.stages)))
+                before = config.directory
+            chains[seed, row.name] = stages
+    return list(chains.values())
+
+
+__all__ = ["Order", "Row", "Stage", "Table", "list_tables", "plan_runs", "read_table", "table_names"]
