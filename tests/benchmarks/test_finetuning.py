@@ -130,6 +130,14 @@ def test_a_run_that_fails_is_told_and_tried_again(
     assert starts(out)["sst2-xmoe-seed1"] == 2
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process, of whomever, still has its files open."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_stopped_or_killed_it_goes_on(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
@@ -150,7 +158,11 @@ def test_stopped_or_killed_it_goes_on(
     if how == signal.SIGKILL:
         with pytest.raises(SystemExit, match="another campaign, or a run of it, is at work"):
             finetuning.main(words)
-        os.kill(int(waiting.read_text()), signal.SIGKILL)
+        pid = int(waiting.read_text())
+        os.kill(pid, signal.SIGKILL)
+        while is_alive(pid):  # its lock goes with it
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
     assert finetuning.main(words) == 0
     assert starts(out) == {"pretrain-smoe": 1, "sst2-smoe-seed1": 2}
 
