@@ -92,8 +92,9 @@ class Parser(argparse.ArgumentParser):
     """One line for an error, said once a machine. What is not an option of an entry point is a setting."""
 
     def error(self, message: str) -> NoReturn:
-        fail(f"error: {message} (--help explains)", USER_ERROR)
-        raise AssertionError
+        if is_first_of_machine():
+            print(f"error: {message} (--help explains)", file=sys.stderr, flush=True)
+        raise SystemExit(USER_ERROR)  # nothing has been started that it could wait for
 
 
 def run_parser() -> Parser:

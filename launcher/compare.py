@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 
 try:
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
     from launcher.evaluate import add_scoring_arguments, numbers, positive
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
     from launcher.evaluate import add_scoring_arguments, numbers, positive
 
 prepare_environment()
@@ -54,7 +54,7 @@ splits are refused, for their figures do not compare.
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     slim = commands.add_parser(
         "slim", help="one checkpoint or several at k' experts per token", description=SLIM, formatter_class=raw

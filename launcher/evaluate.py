@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 try:
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 
 prepare_environment()
 
@@ -44,7 +44,10 @@ def not_negative(text: str) -> int:
 
 def numbers(text: str) -> list[int]:
     """An argument that lists counts: 1,2,4."""
-    return [positive(part) for part in text.split(",")]
+    try:
+        return [positive(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be counts such as 1,2,4, got {text!r}") from None
 
 
 def probability(text: str) -> float:
@@ -57,7 +60,7 @@ def probability(text: str) -> float:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, hf/ directory or checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="prepared corpus")
     parser.add_argument("--split", help="split to score (default: test; with --report: valid)")

@@ -30,25 +30,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 try:
-    from launcher.common import fail, prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 
 prepare_environment()
 
 FORMS = ("weights", "reshape", "upcycle", "import", "to-transformers")
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for an error."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"error: {message} (--help explains)", 2)
-        raise AssertionError
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -25,30 +25,20 @@ started again.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
-from typing import NoReturn
 
 if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.signals
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
 try:
-    from launcher.common import fail, leave, prepare_environment, run
+    from launcher.common import Parser, fail, leave, prepare_environment, run
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, leave, prepare_environment, run
+    from launcher.common import Parser, fail, leave, prepare_environment, run
 
 prepare_environment()
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for an error, said once a machine."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"error: {message} (--help explains)", 2)
-        raise AssertionError
 
 
 def main(arguments: list[str]) -> None:

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 try:
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 
 prepare_environment()
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", help="text to continue; - reads it from standard input")
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, checkpoint or hf/ directory")
     parser.add_argument("--tokens", type=int, default=100, help="tokens to add (default: 100)")

@@ -22,10 +22,10 @@ import sys
 from pathlib import Path
 
 try:
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 
 prepare_environment()
 
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     from s2moe.planning.machines import MACHINES
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--nodes", type=positive, default=1, help="machines (default: 1)")
     parser.add_argument("--gpus-per-node", type=positive, default=8, help="processes of each (default: 8)")

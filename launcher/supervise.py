@@ -23,10 +23,10 @@ import sys
 from pathlib import Path
 
 try:
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import prepare_environment, run
+    from launcher.common import Parser, prepare_environment, run
 
 prepare_environment()
 
@@ -44,9 +44,7 @@ def gpus() -> list[str]:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our own options, and the rest, which is pretrain's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--processes", type=int, help="processes to start (default: one for each GPU, or 1)")
     parser.add_argument("--min-processes", type=int, default=1, help="go on with no fewer (default: 1)")
     parser.add_argument("--max-restarts", type=int, default=3, help="restarts within the window (default: 3)")
