@@ -27,6 +27,17 @@ All rows of a published table, each with several seeds, beside the published fig
 It writes runs/tables/<table>: results.csv, table.md and figures. Every run is a directory of its own: started again
 with the same command, finished runs are kept and unfinished ones go on. Settings after the options go to every run.
 
+What a finished run has become, beyond its evaluation.json, in one process and on the same test images:
+
+    python launcher/train_vision.py --report runs/digits_quick
+    python launcher/train_vision.py --report RUN --source ~/mnist                      the images lie elsewhere now
+    python launcher/train_vision.py --report RUN --samples 1000 --corrupt-seed 1       a trial; other noise
+
+It writes RUN/report: report.md, report.json and pictures. Every classifier: accuracy under noise, blur, contrast and
+occlusion at five severities. mixture and snnl_moe: how alike experts are in weights and outputs, which one serves which
+class. vmoe: accuracy against compute, for many capacities, experts per token and priorities. vae: active experts, error
+by expert, probes, reconstructions.
+
 SIGTERM and SIGUSR1, to any process of a run, save a checkpoint at the end of the step and stop it.
 
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
@@ -41,6 +52,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.signals
@@ -73,12 +85,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     table.add_argument("--epochs", type=float, help="of every stage, instead of the published number")
     table.add_argument("--source", help="a local copy of the images")
     table.add_argument("--output", default="runs/tables", help="where the table's directory is made")
+    report = parser.add_argument_group("report on a finished run")
+    report.add_argument("--report", type=Path, metavar="RUN", help="its directory")
+    report.add_argument("--corrupt-seed", type=int, help="of noise and of places of occlusion; default: 0")
+    report.add_argument("--samples", type=int, help="so many test images, drawn by chance; default: all")
     options = parser.parse_intermixed_args(arguments)
-    if options.table is None:
-        for name in ("runs", "rows", "epochs", "source"):
-            if getattr(options, name) is not None:
-                parser.error(f"--{name} goes with --table")
-    elif options.config is not None:
+    for names, owners in (
+        (("runs", "rows", "epochs"), ("table",)),
+        (("source",), ("table", "report")),
+        (("corrupt_seed", "samples"), ("report",)),
+    ):
+        for name in names:
+            if getattr(options, name) is not None and all(getattr(options, owner) is None for owner in owners):
+                parser.error(f"--{name.replace('_', '-')} goes with {' or '.join(f'--{owner}' for owner in owners)}")
+    if options.report is not None and (options.table is not None or options.config is not None):
+        parser.error("--report goes without --config and --table: a run has its own settings")
+    if options.report is not None and (options.overrides or options.dry_run):
+        what = "--dry-run" if options.dry_run else options.overrides[0]
+        parser.error(f"--report takes no {what}: it looks at the run as it is")
+    if options.table is not None and options.config is not None:
         parser.error("--table and --config exclude one another: a table has its own settings")
     return options
 
@@ -105,6 +130,8 @@ def main(arguments: list[str]) -> None:
         print(list_tables())
     elif options.table is not None:
         make_table(options)
+    elif options.report is not None:
+        make_report(options)
     elif options.config is None:
         fail(f"error: --config is missing; for example --config {EXAMPLE}, or --table mnist (--help explains)", 2)
     else:
@@ -132,6 +159,18 @@ def train(config: VisionRunConfig) -> None:
     from s2moe.training.vision_report import report
 
     train_and_report(config, config.data.open, train_vision, report)
+
+
+def make_report(options: argparse.Namespace) -> None:
+    """Report on a finished run."""
+    from s2moe.training.details import REPORT_TEXT, report_on
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fail("error: --report runs in one process: start it with python", 2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    directory = report_on(options.report, options.source, options.corrupt_seed or 0, options.samples)
+    print((directory / REPORT_TEXT).read_text(encoding="utf-8"))
+    print(f"report: {directory}")
 
 
 def make_table(options: argparse.Namespace) -> None:

@@ -39,6 +39,12 @@ def ese_routing_normalised(gate_NM: Tensor) -> Tensor:
     return ese_routing(gate_NM) / (math.log(experts) if experts > 1 else math.nan)
 
 
+def ese_of_bits(sample_entropy: float, experts: int) -> dict[str, float]:
+    """``ese_routing`` and ``ese_normalised`` of a gate's mean entropy in bits; the latter for several experts."""
+    found = {"ese_routing": sample_entropy * math.log(2)}
+    return found | ({"ese_normalised": sample_entropy / math.log2(experts)} if experts > 1 else {})
+
+
 def ese_class(count_MC: Tensor) -> Tensor:
     """Entropy of the class given the selected expert, in nats, from an expert-selection table of counts."""
     count_MC = count_MC.double()

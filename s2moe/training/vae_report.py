@@ -22,6 +22,7 @@ from s2moe.metrics.latent import active_experts, linear_partition, linear_probe,
 from s2moe.metrics.selection import entropy_bits, mutual_information_bits
 from s2moe.models.vision.vae import VAEModel
 from s2moe.moe.routing import RoutingContext
+from s2moe.training.heat_map import selection
 
 REPORT_FILE = "vae_report.json"
 TSNE_POINTS = 2_000
@@ -218,17 +219,7 @@ def _reconstructions(
 
 
 def _selection(pyplot: Any, report: dict[str, Any], classes: tuple[str, ...]) -> Any:
-    active = report["experts"]["numbers"]
-    counts = np.asarray(report["selection"], dtype=np.float64)[active]
-    share = counts / counts.sum(0).clip(min=1)
-    size = (2 + 0.6 * len(classes), 1.5 + 0.35 * len(active))
-    canvas, axis = pyplot.subplots(figsize=size, layout="constrained")
-    image = axis.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(active)), [str(i) for i in active])
     bits, experts = report["bits"]["information"], report["experts"]
+    counts = np.asarray(report["selection"])[experts["numbers"]]
     title = f"{experts['active']} of {experts['configured']} experts active, I(E; Y) {bits:.2f} bits"
-    axis.set(ylabel="expert", title=title)
-    axis.title.set_fontsize(9)
-    canvas.colorbar(image, ax=axis, label="share of the class")
-    return canvas
+    return selection(pyplot, counts, experts["numbers"], classes, title)

@@ -6,6 +6,7 @@ import csv
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,7 @@ rows:
     published: {error: .2}
 orders:
   - {claim: the teacher is better, figure: error, lower: attentive, higher: distilled}
+details: true
 """
 
 
@@ -57,7 +59,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def made(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_table(small, jobs=2, output=str(tmp_path_factory.mktemp("made")))
+    return run_table(small, output=str(tmp_path_factory.mktemp("made")))
 
 
 def written(directory: Path) -> list[dict[str, str]]:
@@ -113,23 +115,37 @@ def test_a_table_is_written(made: Path) -> None:
         assert (made / name).stat().st_size > 1000
 
 
+def test_the_first_run_of_each_row_gets_a_report(made: Path) -> None:
+    reported = sorted(path.relative_to(made).as_posix() for path in made.rglob("report.json"))
+    assert reported == [f"runs/{row}/seed1/stage1/report/report.json" for row in ("attentive", "distilled")]
+    details = (made / "table.md").read_text(encoding="utf-8").split("**Details**")[1]
+    links = re.findall(r"\]\((.*?)\)", details)
+    assert len(links) == 2 * 4  # the text and three pictures each
+    assert all((made / link).is_file() for link in links)
+    assert not read_table("mnist").details
+    assert all(read_table(name).details for name in ("snnl", "vae", "vmoe"))
+
+
 def test_finished_runs_are_kept_and_missing_ones_made_again(made: Path, small: str) -> None:
     before, rows = (made / "table.md").read_text(encoding="utf-8"), written(made)
     runs = sorted(made.glob("runs/*/*/*"))
     times = {run: (run / EVALUATION_FILE).stat().st_mtime_ns for run in runs}
     gone = made / "runs" / "distilled" / "seed2" / "stage1"
     (gone / EVALUATION_FILE).unlink()
+    reports = {path: path.stat().st_mtime_ns for path in made.rglob("report/*")}
     run_table(small, output=str(made.parent))
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("report/*")} == reports
     assert all((run / EVALUATION_FILE).stat().st_mtime_ns == times[run] for run in runs if run != gone)
     assert (made / "table.md").read_text(encoding="utf-8") == before
     assert [row["error"] for row in written(made)] == [row["error"] for row in rows]
 
 
 @pytest.mark.slow
-def test_a_worker_trains_as_a_process_of_its_own_would(made: Path, small: str, tmp_path: Path) -> None:
-    alone = run_table(small, runs=1, rows=["distilled"], output=str(tmp_path))  # and what it comes after
+def test_two_workers_train_as_one_does(made: Path, small: str, tmp_path: Path) -> None:
+    both = run_table(small, jobs=2, rows=["distilled"], output=str(tmp_path))  # and what it comes after
     theirs = {(row["row"], row["seed"]): row for row in written(made)}
-    for row in written(alone):
+    assert len(written(both)) == 4
+    for row in written(both):
         for figure in ("error", "h_s", "h_u", "pes", "train_task_loss"):
             assert row[figure] == theirs[row["row"], row["seed"]][figure]
 

@@ -40,6 +40,13 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         ([], "--config is missing; for example --config configs/vision/digits_quick.yaml"),
         (["--config", QUICK, "model.gatte=attentive"], "model.gatte: unknown key; did you mean model.gate?"),
         (["--config", QUICK, "--epochs", "3"], "--epochs goes with --table"),
+        (["--config", QUICK, "--source", "x"], "--source goes with --table or --report"),
+        (["--table", "mnist", "--samples", "5"], "--samples goes with --report"),
+        (["--report", "runs/x", "--config", QUICK], "--report goes without --config and --table"),
+        (["--report", "runs/x", "seed=2"], "--report takes no seed=2"),
+        (["--report", "runs/x", "--dry-run"], "--report takes no --dry-run"),
+        (["--report", "runs/x", "--corrupt-seed", "-1"], "--corrupt-seed: must be at least 0, got -1"),
+        (["--report", "/nowhere"], "/nowhere is no finished vision run: it has no config.yaml"),
         (["--config", QUICK, "--table", "mnist"], "--table and --config exclude one another"),
         (["--config", QUICK, "--dryrun"], "unrecognized arguments: --dryrun"),
         (["--table", "mnits"], "there is no table 'mnits', did you mean 'mnist'?"),
@@ -51,7 +58,7 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_a_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(Ended, match="2"):
+    with pytest.raises((Ended, SystemExit), match="2"):  # a mistake in the options ends as argparse's do
         main(monkeypatch, *arguments)
     told = capsys.readouterr().err.strip()
     assert told.startswith("error: ")
@@ -62,7 +69,16 @@ def test_a_mistake_is_one_line(
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
-        ("--help", ["optimizer.weight_decay", "with model.kind=mixture", "model.importance_loss", "Exit status"]),
+        (
+            "--help",
+            [
+                "optimizer.weight_decay",
+                "with model.kind=mixture",
+                "model.importance_loss",
+                "--report RUN",
+                "Exit status",
+            ],
+        ),
         ("--list-sets", ["digits", "cifar100"]),
         ("--list-kinds", ["mixture", "vmoe", "vae", "snnl_moe"]),
         ("--list-tables", ["mnist", "fmnist_mnist", "vae"]),

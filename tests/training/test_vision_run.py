@@ -84,6 +84,17 @@ def test_two_ranks_do_what_one_process_does(alone: Path, tmp_path: Path) -> None
         assert weights(tmp_path)[name].allclose(weight, atol=2e-5), name
 
 
+def test_what_is_drawn_at_test_depends_on_the_block_alone() -> None:
+    settings = {"name": "run", "seed": 4, "model.kind": "vae", "model.encoder": "lite", "evaluation.batch": 20}
+    settings |= {
+        "data.name": "synthetic_strokes",
+        "data.options": "{train: 4, test: 18}",
+    }  # five blocks, the last of 10
+    (one,), two = (run_distributed(vision_jobs.score, ranks, settings) for ranks in (1, 2))
+    assert two == [pytest.approx(one)] * 2
+    assert run_distributed(vision_jobs.score, 1, {**settings, "seed": 5})[0]["recon"] != one["recon"]
+
+
 def test_two_ranks_with_batch_normalisation_do_what_one_process_does(tmp_path: Path) -> None:
     settings = {"model.architecture": "cifar100", "model.num_experts": 2, "training.steps": 2, "evaluation.every": 0}
     settings |= {"data.max_test": 40, "data.name": "synthetic_strokes", "data.options": "{train: 10, test: 10}"}

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from s2moe.config import load
 from s2moe.config.vision import VisionRunConfig
+from s2moe.training.image_evaluation import evaluate_images
 from s2moe.training.processes import Processes
-from s2moe.training.vision import train_vision
+from s2moe.training.vision import build_model, train_vision
 
 MIXTURE = {
     "data.name": "digits",
@@ -24,6 +25,16 @@ MIXTURE = {
     "logging.every": 1,
     "logging.tensorboard": False,
 }
+
+
+def score(settings: dict[str, Any]) -> dict[str, float]:
+    """The figures of a model with its initial weights, on all ranks' test images."""
+    config = load(VisionRunConfig, None, [f"{key}={value}" for key, value in settings.items()])
+    images = config.open_images()
+    torch.manual_seed(0)
+    model = build_model(config, config.model_config(images)).eval()
+    processes = Processes(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    return evaluate_images(model, images, config.evaluation.batch, processes, config.seed).figures
 
 
 def run(output: str, settings: dict[str, Any]) -> dict[str, Any]:

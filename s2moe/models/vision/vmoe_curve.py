@@ -24,6 +24,7 @@ from torch import Tensor
 from s2moe.models.vision.base import VisionModel
 from s2moe.models.vision.vit import VMoEForImageClassification
 from s2moe.models.vision.vit_cost import image_flops
+from s2moe.moe.routing import RoutingContext
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # normalised pixel_values float32 [B, channels, H, W], labels int64 [B]
 
@@ -61,8 +62,11 @@ class CurveRow:
 
 
 @torch.no_grad()
-def evaluate(model: VisionModel, batches: Batches) -> Evaluation:
+def evaluate(model: VisionModel, batches: Batches, seed: int = 0) -> Evaluation:
     """Accuracy, loss and routing of a classifier in evaluation mode, which it is put back from.
+
+    Args:
+        seed: what a model draws is keyed by it and the batch's number.
 
     Raises:
         ValueError: if there are no images.
@@ -71,9 +75,9 @@ def evaluate(model: VisionModel, batches: Batches) -> Evaluation:
     model.eval()
     images, first_capacity = 0, float("nan")
     totals = torch.zeros(4, dtype=torch.float64)  # correct, loss, dropped, tokens without an expert
-    for pixels, labels in batches:
+    for number, (pixels, labels) in enumerate(batches):
         pixels, labels = pixels.to(model.device), labels.to(model.device)
-        output = model(pixels, labels)
+        output = model(pixels, labels, RoutingContext(seed=seed, microbatch=number))
         reports = [layer.values for layer in output.routing or ()]
         if not images and reports and "capacity" in reports[0]:
             first_capacity = reports[0]["capacity"].item()
@@ -98,6 +102,7 @@ def vmoe_curve(
     experts_per_token: Sequence[int | None] = (None,),
     priorities: Sequence[str] = ("none", "max"),
     progress: Callable[[CurveRow], None] = lambda row: None,
+    seed: int = 0,
 ) -> list[CurveRow]:
     """A row for each k, priority and C, in this order. The model's own settings of inference are restored.
 
@@ -106,6 +111,7 @@ def vmoe_curve(
         capacities: C; None: dropless.
         experts_per_token: k; None: as trained.
         progress: called with each row.
+        seed: as in ``evaluate``.
 
     Raises:
         ValueError: if the model's router is not V-MoE's, or it has no SMoE layer.
@@ -124,7 +130,7 @@ def vmoe_curve(
             for priority in priorities:
                 for factor in capacities:
                     model.set_inference(choices, math.inf if factor is None else factor, priority)
-                    found = evaluate(model, batches)
+                    found = evaluate(model, batches, seed)
                     places = trained * tokens * (1 if factor is None else factor)
                     row = CurveRow(
                         capacity_factor=factor,
@@ -151,26 +157,30 @@ def robustness(
     batches_of: Callable[[str, int], Batches],
     kinds: Sequence[str],
     severities: Sequence[int],
+    seed: int = 0,
+    progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Accuracy under graded corruption: a row {kind, severity, accuracy, loss, dropped, images} for each.
 
     Args:
         batches_of: the corrupted images of a kind and severity, cut into batches (data/images/corruption.py).
+        seed: as in ``evaluate``.
+        progress: called with each row.
     """
     rows = []
     for kind in kinds:
         for severity in severities:
-            found = evaluate(model, batches_of(kind, severity))
-            rows.append(
-                {
-                    "kind": kind,
-                    "severity": severity,
-                    "accuracy": found.accuracy,
-                    "loss": found.loss,
-                    "dropped": found.dropped,
-                    "images": found.images,
-                }
-            )
+            found = evaluate(model, batches_of(kind, severity), seed)
+            row = {
+                "kind": kind,
+                "severity": severity,
+                "accuracy": found.accuracy,
+                "loss": found.loss,
+                "dropped": found.dropped,
+                "images": found.images,
+            }
+            rows.append(row)
+            progress(row)
     return rows
 
 
@@ -189,7 +199,7 @@ def draw_curve(rows: Sequence[CurveRow], path: Path) -> None:
     matplotlib.use("Agg")  # no window system needed
     from matplotlib import pyplot
 
-    canvas, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.8), layout="constrained")
+    canvas, axes = pyplot.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     for choices, priority in dict.fromkeys((row.experts_per_token, row.priority) for row in rows):
         own = [row for row in rows if (row.experts_per_token, row.priority) == (choices, priority)]
         limited = sorted(
@@ -205,6 +215,6 @@ def draw_curve(rows: Sequence[CurveRow], path: Path) -> None:
                 axes[1].axhline(row.accuracy, color=line.get_color(), lw=0.8)
     axes[0].set(xlabel="MFLOPs an image, kept assignments", ylabel="accuracy", title="compute and accuracy")
     axes[1].set(xlabel="capacity C at inference", ylabel="accuracy", title="capacity and accuracy", xscale="log")
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     canvas.savefig(path, dpi=110)
     pyplot.close(canvas)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from s2moe.training.heat_map import MOST_CLASSES
+
 from .results import Run
 from .spec import Table
 
 BOXES, SELECTION, SIMILARITY = "boxes.png", "selection.png", "similarity.png"
-MOST_LABELS = 20  # classes whose names fit below a picture
 
 
 def draw(table: Table, runs: Sequence[Run], directory: Path) -> list[Path]:
@@ -73,7 +74,7 @@ def _matrices(shown: dict[str, Run], labels: dict[str, str], key: str, path: Pat
             matrix = matrix / np.maximum(matrix.sum(0, keepdims=True), 1)
             image = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             names = run.evaluation["classes"]
-            if len(names) <= MOST_LABELS:
+            if len(names) <= MOST_CLASSES:
                 axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         else:
             image = axis.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")

@@ -14,7 +14,9 @@ from typing import Any
 
 from s2moe.config import to_yaml
 from s2moe.config.vision import VisionRunConfig
+from s2moe.metrics.specialisation import ese_of_bits
 from s2moe.training import metrics_log
+from s2moe.training.details import REPORT_TEXT
 from s2moe.training.vision import EVALUATION_FILE, read_evaluation
 
 from .spec import Numbers, Order, Stage, Table
@@ -63,10 +65,7 @@ def read_run(stage: Stage) -> Run:
         if f"train/{name}" in training[-1]:
             figures[f"train_{name}"] = training[-1][f"train/{name}"]
     if "h_s" in figures:
-        figures["ese_routing"] = figures["h_s"] * math.log(2)  # in nats
-        experts = len(evaluation["selection"])
-        if experts > 1:
-            figures["ese_normalised"] = figures["h_s"] / math.log2(experts)
+        figures |= ese_of_bits(figures["h_s"], len(evaluation["selection"]))
     if "error" in figures:
         figures["accuracy"] = 1 - figures["error"]
     figures["seconds"] = training[-1]["seconds"]
@@ -111,6 +110,20 @@ def to_markdown(table: Table, runs: Sequence[Run], how: str) -> str:
         lines += _orders(table, by_row)
     notes = [f"- {row.label}: {row.note.strip()}" for row in table.rows if row.note]
     return "\n".join([*lines, *notes, ""])
+
+
+def details(table: Table, reports: Mapping[str, Path], directory: Path) -> list[str]:
+    """Links to the reports on rows' first runs, as lines for the end of table.md in `directory`."""
+    if not reports:
+        return []
+    lines = ["**Details**: the first run of each row", ""]
+    for row in table.rows:
+        if row.name in reports:
+            place = reports[row.name].relative_to(directory).as_posix()
+            pictures = sorted(path.name for path in reports[row.name].glob("*.png"))
+            links = [f"[report]({place}/{REPORT_TEXT})", *(f"[{name[:-4]}]({place}/{name})" for name in pictures)]
+            lines.append(f"- {row.label}: {', '.join(links)}")
+    return [*lines, ""]
 
 
 def _figure_table(table: Table, by_row: Mapping[str, Sequence[Run]], figure: str, name: str) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from s2moe.config import ConfigError
 from s2moe.training.console import format_seconds
+from s2moe.training.details import REPORT_DIRECTORY, is_reported, report_on
 from s2moe.training.errors import TrainingError
 from s2moe.training.vision import build_model
 
@@ -66,7 +67,10 @@ def run_table(
         return directory
     failed = train_missing(missing, jobs, directory) if left else []
     finished = [chain[-1] for chain in chains if all(map(results.is_finished, chain))]
-    write(table, finished, directory, how(table, runs, epochs, overrides, stages))
+    head = how(table, runs, epochs, overrides, stages)
+    write(table, finished, directory, head)
+    if table.details and report_on_first(finished):
+        write(table, finished, directory, head)
     print((directory / "table.md").read_text(encoding="utf-8"))
     print(f"table directory: {directory}", flush=True)
     if failed:
@@ -173,10 +177,38 @@ def how(table: Table, runs: int, epochs: float | None, overrides: Sequence[str],
     return f"{runs} runs a row (the table's own: {table.runs}), {length}, on {', '.join(sets)}{changes}."
 
 
+def first_runs(finished: Sequence[Stage]) -> dict[str, Stage]:
+    """The finished run of each row that has the first seed."""
+    found: dict[str, Stage] = {}
+    for stage in sorted(finished, key=lambda stage: stage.seed):
+        found.setdefault(stage.row, stage)
+    return found
+
+
+def report_on_first(finished: Sequence[Stage]) -> bool:
+    """Report on one run of each row, where that has not been done. Whether there was one to report on.
+
+    Raises:
+        ConfigError: a report cannot be made.
+    """
+    missing = [stage for stage in first_runs(finished).values() if not is_reported(stage.config.directory)]
+    for number, stage in enumerate(missing, start=1):
+        print(f"report {number}/{len(missing)}  {stage.label}", file=sys.stderr, flush=True)
+        data = stage.config.data  # where the images are now, not where the run found them
+        report_on(stage.config.directory, data.source, downloads=data.dir)
+    return bool(missing)
+
+
 def write(table: Table, finished: Sequence[Stage], directory: Path, text: str) -> None:
     """Write results.csv, table.md and the pictures."""
     found = [results.read_run(stage) for stage in finished]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.csv").write_text(results.to_csv(table, found), encoding="utf-8")
-    (directory / "table.md").write_text(results.to_markdown(table, found, text), encoding="utf-8")
+    reports = {
+        row: stage.config.directory / REPORT_DIRECTORY
+        for row, stage in first_runs(finished).items()
+        if table.details and is_reported(stage.config.directory)
+    }
+    lines = [results.to_markdown(table, found, text), *results.details(table, reports, directory)]
+    (directory / "table.md").write_text("\n".join(lines), encoding="utf-8")
     figures.draw(table, found, directory)

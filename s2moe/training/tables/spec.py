@@ -15,6 +15,7 @@
         stages: [{init: {stage: distil}}]
     orders:                         claims to look at
       - {claim: "attentive gating is sharper", figure: h_s, lower: attentive, higher: vanilla}
+    details: true                   a report on the first run of each row (training/details)
 
 A stage may have `by_seed`, a list of settings that seeds take in turn. A stage after another one begins with its
 weights. Every key is checked before anything is trained.
@@ -23,7 +24,7 @@ weights. Every key is checked before anything is trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from s2moe.options import deep_merge, nearest
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "vision" / "tables"
 ROW_KEYS = ("label", "after", "base", "stages", "published", "corrected", "note")
 BY_SEED = "by_seed"
-TABLE_KEYS = ("title", "runs", "figures", "base", "rows", "orders", "note", "boxes")
+TABLE_KEYS = ("title", "runs", "figures", "base", "rows", "orders", "note", "boxes", "details")
 
 Numbers = dict[str, tuple[float, float | None]]  # mean and deviation by figure
 
@@ -78,6 +79,7 @@ class Table:
     orders: tuple[Order, ...] = ()
     boxes: tuple[str, ...] = ()  # figures that are drawn over seeds
     note: str = ""
+    details: bool = False  # whether the first run of each row gets a report of its own
 
     def row(self, name: str) -> Row:
         """The row called `name`."""
@@ -103,16 +105,7 @@ class Table:
                 wanted.add(needed)
                 needed = known[needed].after
         orders = tuple(order for order in self.orders if {order.lower, order.higher} <= wanted)
-        return Table(
-            self.name,
-            self.title,
-            self.runs,
-            self.figures,
-            tuple(row for row in self.rows if row.name in wanted),
-            orders,
-            self.boxes,
-            self.note,
-        )
+        return replace(self, rows=tuple(row for row in self.rows if row.name in wanted), orders=orders)
 
 
 def list_tables() -> str:
@@ -155,6 +148,7 @@ def read_table(name: str) -> Table:
         orders,
         tuple(tree.get("boxes") or ()),
         tree.get("note", ""),
+        bool(tree.get("details", False)),
     )
 
 
