@@ -9,7 +9,7 @@
 
 Start it as the job itself will be started: same launcher, same modules, same container.
 
-Exit status: 0 all well or only warnings, 1 something failed.
+Exit status: 0 all well or only warnings, 1 something failed, 2 an option or a setting is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ NEEDED = ("torch", "numpy", "yaml", "transformers", "huggingface_hub", "packagin
 
 def main(arguments: list[str]) -> int:
     """Examine, print, and answer the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from launcher.common import Parser
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="directory that runs write to (default: the config's, or runs)")
     parser.add_argument("--config", help="of the run to come, for the size of its checkpoints")
     parser.add_argument("--json", type=Path, help="write everything to this file too")
@@ -35,7 +37,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # of the deepspeed launcher
     parser.add_argument("overrides", nargs="*", help="section.key=value, on top of --config")
     options = parser.parse_intermixed_args(arguments)
-    from s2moe.config import load
+    if options.overrides and not options.config:
+        parser.error(f"{options.overrides[0]} needs --config: it changes a setting of the run to come")
+    from s2moe.config import ConfigError, load
     from s2moe.config.run import RunConfig
     from s2moe.doctor.examine import examine, table
     from s2moe.training.processes import stop_processes
@@ -48,7 +52,11 @@ def main(arguments: list[str]) -> int:
         if options.json:
             import json
 
-            options.json.write_text(json.dumps(examination.as_json(), indent=1) + "\n", encoding="utf-8")
+            content = json.dumps(examination.as_json(), indent=1) + "\n"
+            try:
+                options.json.write_text(content, encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"--json: cannot write {options.json}: {error.strerror}") from error
     stop_processes()
     return int(examination.status == "fail")
 

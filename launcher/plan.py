@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -38,11 +39,27 @@ def positive(text: str) -> int:
     return number
 
 
-def not_negative(text: str) -> float:
-    """An argument that measures something."""
+def size(text: str) -> float:
+    """An argument that measures something that is there."""
     number = float(text)
-    if not number >= 0:
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def spread(text: str) -> float:
+    """A coefficient of variation."""
+    number = float(text)
+    if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return number
+
+
+def over_mean(text: str) -> float:
+    """The most of several numbers over their mean."""
+    number = float(text)
+    if not 1 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}: the busiest rank has no less than the mean")
     return number
 
 
@@ -55,20 +72,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=positive, default=1, help="machines (default: 1)")
     parser.add_argument("--gpus-per-node", type=positive, default=8, help="processes of each (default: 8)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(MACHINES)} (default: h100)")
-    parser.add_argument("--gpu-memory", type=not_negative, metavar="GIB", help="memory of a GPU (default: the model's)")
+    parser.add_argument("--gpu-memory", type=size, metavar="GIB", help="memory of a GPU (default: the model's)")
     parser.add_argument(
-        "--network-gbit", type=not_negative, help="network of each GPU to other machines (default: 400, of an A100 200)"
+        "--network-gbit", type=size, help="network of each GPU to other machines (default: 400, of an A100 200)"
     )
     parser.add_argument("--measured", type=Path, help="what launcher/doctor.py --json wrote on the cluster")
     parser.add_argument(
         "--load-cv",
-        type=not_negative,
+        type=spread,
         default=0.3,
         help="standard deviation over mean of the experts' loads, layer_N/load_cv in metrics.jsonl (default: 0.3)",
     )
     parser.add_argument(
         "--imbalance",
-        type=not_negative,
+        type=over_mean,
         help="rows of the busiest rank's experts over the mean that memory must hold, "
         "expert_parallel/imbalance_max in metrics.jsonl (default: simulated)",
     )
@@ -84,12 +101,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Rank the shapes and print, or write, what was found."""
     options = parse(arguments)
-    from s2moe.config import load
+    from s2moe.config import ConfigError, load
     from s2moe.config.run import RunConfig
     from s2moe.planning import report
     from s2moe.planning.calibration import calibrate
     from s2moe.planning.machines import machine
-    from s2moe.planning.shapes import Cluster, rank_shapes
+    from s2moe.planning.shapes import Cluster, rank_shapes, require_possible
     from s2moe.training.plan import vocabulary
 
     config = load(RunConfig, options.config, options.overrides)
@@ -100,9 +117,14 @@ def main(arguments: list[str]) -> None:
     found, efficiency = calibrate(found, config.training.precision, options.measured)
     cluster = Cluster(found, options.nodes, options.gpus_per_node, efficiency, options.load_cv, options.imbalance)
     shapes = rank_shapes(config, config.model_config(symbols), cluster)
+    require_possible(shapes, config, cluster)
     print(report.text(shapes, cluster, options.top))
     if options.json:
-        options.json.write_text(json.dumps(report.as_json(shapes, cluster), indent=1) + "\n", encoding="utf-8")
+        content = json.dumps(report.as_json(shapes, cluster), indent=1) + "\n"
+        try:
+            options.json.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json: cannot write {options.json}: {error.strerror}") from error
     if options.write:
         for path in report.write_best(shapes, cluster, options.write):
             print(f"wrote {path}")

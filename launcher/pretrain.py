@@ -58,7 +58,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = run_parser()
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--list-methods", action="store_true")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.world_size is not None and options.world_size < 1:
+        parser.error(f"--world-size must be at least 1, got {options.world_size}")
+    return options
 
 
 def main(arguments: list[str]) -> None:

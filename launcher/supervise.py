@@ -11,16 +11,22 @@ out: the run goes on with the largest shape that divides batch and experts (--mi
 A wrong setting, a loss that is not finite or a full disk are not tried again.
 
 Exit status: that of the run (launcher/pretrain.py --help), or 4 when the restarts are used up. Signals are passed
-on: SIGTERM and SIGUSR1 save a checkpoint and end the run.
+on: SIGTERM and SIGUSR1 save a checkpoint and end the run with status 75. One that comes while no process can save
+ends it too, and the newest checkpoint stays what it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.supervisor
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
 try:
     from launcher.common import Parser, prepare_environment, run
@@ -35,11 +41,33 @@ COUNT = "import torch; print(torch.cuda.device_count() if torch.cuda.is_availabl
 
 
 def gpus() -> list[str]:
-    """The GPUs that work now, as CUDA_VISIBLE_DEVICES names them. Counted in a process of its own, which can die."""
-    counted = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=False).stdout.split()
-    number = int(counted[-1]) if counted else 0
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named[:number] if named else [str(index) for index in range(number)]
+    """The GPUs that work now, as CUDA_VISIBLE_DEVICES names them. Counted in processes of their own, which can die."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    number = count([visible])[0]
+    named = list(dict.fromkeys(name.strip() for name in (visible or "").split(",") if name.strip()))
+    if not named:
+        return [str(index) for index in range(number)]
+    if number == len(named):
+        return named
+    return [name for name, works in zip(named, count(named), strict=True) if works]  # CUDA sees none behind a lost one
+
+
+def count(visible: Sequence[str | None]) -> list[int]:
+    """How many GPUs a process finds, for each value of CUDA_VISIBLE_DEVICES (None: unset). All at once."""
+    processes = []
+    for value in visible:
+        environment = os.environ | ({} if value is None else {"CUDA_VISIBLE_DEVICES": value})
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", COUNT],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+    printed = [process.communicate()[0].split() for process in processes]
+    return [int(words[-1]) if words else 0 for words in printed]
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -71,10 +99,10 @@ def main(arguments: list[str]) -> None:
     if found.config is None:
         raise ConfigError("--config is missing; for example --config configs/quickstart.yaml (--help explains)")
     config = load(RunConfig, found.config, found.overrides)
-    on_gpu = bool(gpus())
-    processes = options.processes or max(1, len(gpus()))
-    if on_gpu and processes > len(gpus()):
-        raise ConfigError(f"--processes: this machine has {len(gpus())} GPUs, got {processes}")
+    present = gpus()
+    processes = options.processes or max(1, len(present))
+    if present and processes > len(present):
+        raise ConfigError(f"--processes: this machine has {len(present)} GPUs, got {processes}")
     check_world(config, processes)
 
     def shape(available: int) -> Shape | None:
@@ -89,7 +117,7 @@ def main(arguments: list[str]) -> None:
         [sys.executable, str(PRETRAIN), *rest],
         processes,
         shape,
-        (lambda: gpus()) if on_gpu else (lambda: None),
+        gpus if present else (lambda: None),
         progress,
         options.max_restarts,
         options.within_minutes,

@@ -29,15 +29,16 @@ start() {
     read_allocation
     prepare_environment
     build_command
+    check_config
     if [[ -n $dry_run ]]; then
         print_launch
         return
     fi
-    mkdir -p "$logs" || fail "cannot write the logs to $logs: set S2MOE_LOGS"
+    mkdir -p "$logs" && : >"$logs/srun.log" || fail "cannot write the logs to $logs: set S2MOE_LOGS"
     print_launch
     local status=0
     if [[ -z $asked ]]; then
-        "${command[@]}" &
+        "${command[@]}" 2>"$logs/srun.log" &
         task_pid=$!
         while :; do # a signal ends `wait` before the processes have ended
             interrupted=""
@@ -143,12 +144,26 @@ build_command() {
         python=python3
         if [[ -z ${container[*]}${options[*]} && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
     fi
-    logs=${S2MOE_LOGS:-logs}/${SLURM_JOB_NAME:-${program:-pretrain}}-$job
+    logs=${S2MOE_LOGS:-logs}/${SLURM_JOB_NAME:-${job_name:-${program:-pretrain}}}-$job
     command=(
         srun --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --cpus-per-task="$cpus"
         --kill-on-bad-exit=1 --output="$logs/rank-%t.log" --open-mode=append
         "${options[@]}" "${container[@]}" "$python" "$root/launcher/${program:-pretrain}.py" "${arguments[@]}"
     )
+}
+
+# A configuration file that is not there is said before anything is launched. What a container sees is its own.
+check_config() {
+    local number config="" given=""
+    for ((number = 0; number < ${#arguments[@]}; number++)); do
+        case ${arguments[number]} in
+            --config) config=${arguments[number + 1]:-} given=1 ;;
+            --config=*) config=${arguments[number]#*=} given=1 ;;
+        esac
+    done
+    [[ -n $given ]] || fail "--config is missing; for example --config configs/quickstart.yaml"
+    [[ -f $config || -n ${S2MOE_CONTAINER:-}${S2MOE_SRUN_OPTIONS:-} ]] ||
+        fail "--config: there is no file '$config' (seen from $PWD)"
 }
 
 print_launch() {
@@ -162,17 +177,20 @@ print_launch() {
     echo
 }
 
-# What the end of the processes means for the job. Exit statuses are those of launcher/pretrain.py; srun gives the highest.
+# What the end of the processes means for the job. Exit statuses are those of launcher/pretrain.py; srun gives the highest,
+# and that may be of a process that it killed, or that lost its fellow, because another one had failed.
 finish() {
-    local status=$1
-    case $status in
+    local status=$1 own
+    cat "$logs/srun.log" >&2
+    own=$(failed_by_itself)
+    case ${own:-$status} in
         0)
             if [[ -z $asked || -n $task_pid ]]; then exit 0; fi
             ;; # asked to stop before the processes began
         2 | 3)
             show_errors
-            say "the run ended with status $status: not started again, since that would end the same way"
-            exit "$status"
+            say "the run ended with status ${own:-$status}: not started again, since that would end the same way"
+            exit "${own:-$status}"
             ;;
         75) ;;
         *) show_errors ;;
@@ -182,22 +200,30 @@ finish() {
     requeue
 }
 
+# 2 or 3 where a process ended so: srun tells each one's status, whatever it did to the others afterwards.
+failed_by_itself() {
+    sed -nE 's/.*: Exited with exit code ([23])$/\1/p' "$logs/srun.log" | sort | head -n 1
+}
+
 # The last messages of the ranks, once each.
 show_errors() {
     tail -qn 40 "$logs"/rank-*.log 2>/dev/null | grep -E '(^|\] )error: |Error: |out of memory' | sort -u | head -n 10
     echo "(the whole output of every rank: $logs/rank-*.log)"
 }
 
-# A process was lost: start again, but not forever. The count lies beside the logs and outlives the requeue.
+# A process was lost: start again, but not forever. The count lies beside the logs and outlives the requeue; it begins
+# anew where this start had another checkpoint to continue from than the last one that lost a process.
 count_restart() {
-    local most=${S2MOE_MAX_RESTARTS:-3} count=0
-    if [[ -e $logs/restarts ]]; then count=$(<"$logs/restarts"); fi
+    local most=${S2MOE_MAX_RESTARTS:-3} count=0 before="" place
+    place=$(grep -ahoE 'continuing from .*, step [0-9]+' "$logs/rank-0.log" 2>/dev/null | tail -n 1)
+    if [[ -e $logs/restarts ]]; then { read -r count && read -r before; } <"$logs/restarts"; fi
+    if [[ $place != "$before" ]]; then count=0; fi
     if ((count >= most)); then
         say "a process was lost (status $1), and so it was in $count starts before: giving up. The same sbatch" \
             "command continues from the last checkpoint; S2MOE_MAX_RESTARTS allows more starts"
         exit "$1"
     fi
-    echo $((count + 1)) >"$logs/restarts"
+    printf '%s\n' $((count + 1)) "$place" >"$logs/restarts"
     say "a process was lost (status $1): restart $((count + 1)) of $most"
 }
 

@@ -20,11 +20,22 @@ SEEN_WITHIN = 10.0  # seconds in which a network file system must show a new fil
 
 
 def check_storage(directory: Path, rank: int, needed: float | None = None, written: int = WRITTEN) -> list[Finding]:
-    """Checks `directory`, made if missing; what is written there is removed again. Collective.
+    """Checks `directory`, made if missing; what is written or made is removed again. Collective.
 
     Args:
         needed: bytes that a run's checkpoints take.
     """
+    missing = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
+    findings = _examine(directory, rank, needed, written)
+    if dist.is_initialized():
+        dist.barrier()  # the others have removed their files too
+    for path in missing:
+        with contextlib.suppress(OSError):  # gone, not empty, or never made
+            path.rmdir()
+    return findings
+
+
+def _examine(directory: Path, rank: int, needed: float | None, written: int) -> list[Finding]:
     failure = _make(directory)
     seen = _seen_by_all(directory, rank)
     try:

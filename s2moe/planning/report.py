@@ -13,7 +13,7 @@ from s2moe.training.engine import deepspeed_config
 
 from .machines import GIB
 from .memory import USABLE
-from .shapes import Cluster, Shape
+from .shapes import Cluster, Shape, refusals
 
 KINDS = (
     *("weights", "gradients", "optimizer", "buffers"),
@@ -49,10 +49,7 @@ def text(shapes: Sequence[Shape], cluster: Cluster, top: int) -> str:
         lines += ["", "none fits; the smallest in detail", *_detail(large[0])]
         lines.append("  more GPUs, a larger GPU, a shorter training.sequence_length or bf16 would help")
     if refused:
-        reasons = dict.fromkeys(shape.refusal for shape in refused)
-        lines += ["", "not possible", *(f"  {reason}" for reason in list(reasons)[:5])]
-        if len(reasons) > 5:
-            lines.append(f"  and {len(reasons) - 5} more such reasons (--json has all)")
+        lines += ["", "not possible, among others (--json has all)", *(f"  {reason}" for reason in refusals(refused))]
     return "\n".join(lines)
 
 

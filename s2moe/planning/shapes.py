@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from s2moe.config.options import ConfigError
@@ -86,6 +87,39 @@ def rank_shapes(config: RunConfig, model: S2MoEConfig, cluster: Cluster) -> list
     return sorted(shapes, key=order)
 
 
+def refusals(shapes: Sequence[Shape]) -> list[str]:
+    """Why shapes cannot be: each reason once, though its numbers differ from shape to shape."""
+    kinds: dict[str, str] = {}
+    for shape in shapes:
+        if shape.refusal:
+            kinds.setdefault(re.sub(r"\d+", "N", shape.refusal), shape.refusal)
+    return list(kinds.values())
+
+
+def require_possible(shapes: Sequence[Shape], config: RunConfig, cluster: Cluster) -> None:
+    """Check that one shape at least can be dealt to the cluster's processes, whether or not it fits.
+
+    Raises:
+        ConfigError: none can; with the reasons, and the nearest number of processes that works.
+    """
+    if any(not shape.refusal for shape in shapes):
+        return
+    wanted = cluster.world_size
+    near = sorted(range(1, 2 * wanted + 1), key=lambda number: abs(number - wanted))
+    found = next((number for number in near if _takes(config, number)), None)
+    remedy = f". The nearest number of processes that works is {found}" if found is not None else ""
+    raise ConfigError(f"no shape is possible on {wanted} processes: {'; '.join(refusals(shapes))}{remedy}")
+
+
+def _takes(config: RunConfig, world_size: int) -> bool:
+    """Whether the run can be dealt to so many processes at all: one sequence at a time, every expert on each."""
+    try:
+        check_world(_with(config, Shape(1, 1, 1, False)), world_size)
+    except ConfigError:
+        return False
+    return True
+
+
 def candidates(config: RunConfig, model: S2MoEConfig, cluster: Cluster) -> Iterator[Shape]:
     """ZeRO stages, powers of two and the run's own numbers for the rest."""
     training, world = config.training, cluster.world_size
@@ -114,14 +148,7 @@ def _evaluate(
 ) -> Shape:
     world = cluster.world_size
     try:
-        training = replace(
-            config.training,
-            zero_stage=shape.zero_stage,
-            expert_parallel=shape.expert_parallel,
-            micro_batch=shape.micro_batch,
-            activation_checkpointing=shape.checkpointing,
-        )
-        config = replace(config, training=training)
+        config = _with(config, shape)
         check_world(config, world)
     except ConfigError as error:
         return replace(shape, refusal=str(error))
@@ -134,6 +161,18 @@ def _evaluate(
     taken = step_time(config, model, sizes, cluster.machine, cluster.efficiency, imbalance, world, cluster.per_machine)
     fits = needed.fits(cluster.machine.memory)
     return replace(shape, config=config, memory=needed, time=taken, imbalance=imbalance, fits=fits)
+
+
+def _with(config: RunConfig, shape: Shape) -> RunConfig:
+    """The run in that shape. Raises ConfigError where its settings exclude it."""
+    training = replace(
+        config.training,
+        zero_stage=shape.zero_stage,
+        expert_parallel=shape.expert_parallel,
+        micro_batch=shape.micro_batch,
+        activation_checkpointing=shape.checkpointing,
+    )
+    return replace(config, training=training)
 
 
 def _imbalance(config: RunConfig, model: S2MoEConfig, cluster: Cluster) -> Imbalance:

@@ -25,14 +25,14 @@ from .elastic import Shape
 from .errors import LOST
 from .signals import STOPPED
 
-FINAL = {  # statuses after which starting again would not help, or was not asked for
+INTERRUPTED = 130  # by Ctrl-C
+FINAL = {  # statuses after which starting again would not help, or was not asked for; the gravest first
     2: "a setting or the data is wrong, see above",
     3: "the run itself failed, see above",
     STOPPED: "a signal asked it to stop, and it saved a checkpoint",
-    130: "interrupted",
+    INTERRUPTED: "interrupted",
 }
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each is a request to stop
 POLL_SECONDS = 0.1
 LONGEST_PAUSE = 30.0
 _PR_SET_PDEATHSIG = 1  # prctl.h
@@ -84,7 +84,7 @@ class Supervisor:
     _running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self) -> int:
-        """The exit status of the run: 0, that of a failure which starting again does not mend, or LOST."""
+        """The exit status of the run: 0, that of a failure which starting again does not mend, STOPPED or LOST."""
         restarts: list[float] = []
         with self._forwarding():
             while True:
@@ -94,17 +94,19 @@ class Supervisor:
                     self._say(f"no shape of the run fits the {len(places)} places that are left; giving up")
                     return LOST
                 ended = self._attempt(shape, places)
+                if not ended:
+                    return self._stopped("nothing was running")
                 failures = [process for process in ended if process.status != 0]
                 if not failures:
                     return 0
                 told = "; ".join(process.text for process in failures)
-                for process in failures:
-                    if process.status in FINAL:
-                        self._say(f"{process.text}: {FINAL[process.status]}. Not started again")
-                        return process.status
+                for status, reason in FINAL.items():
+                    for process in failures:
+                        if process.status == status:
+                            self._say(f"{process.text}: {reason}. Not started again")
+                            return status
                 if self._asked is not None:
-                    self._say(f"ended by {signal.Signals(self._asked).name}: {told}")
-                    return 128 + self._asked
+                    return self._stopped(told)
                 now = time.monotonic()
                 restarts = [at for at in restarts if now - at < 60 * self.window_minutes]
                 if len(restarts) >= self.max_restarts:
@@ -118,8 +120,15 @@ class Supervisor:
                 self._blame(failures, places)
                 self._say(f"{told}. Restart {len(restarts)} of {self.max_restarts}, from {self.progress()}")
                 self._pause(min(LONGEST_PAUSE, self.pause_seconds * 2 ** (len(restarts) - 1)))
-                if self._asked is not None:
-                    return 128 + self._asked
+
+    def _stopped(self, told: str) -> int:
+        """The status of a run that was asked to stop and has no process left, whichever way the last one ended."""
+        assert self._asked is not None
+        self._say(
+            f"asked to stop by {signal.Signals(self._asked).name}: {told}. Not started again; the same command "
+            f"continues from {self.progress()}"
+        )
+        return INTERRUPTED if self._asked == signal.SIGINT else STOPPED
 
     def _places(self) -> list[str]:
         """Where a process can run: devices, or numbers on the CPU, without those left out."""
@@ -139,7 +148,7 @@ class Supervisor:
         self._blamed = place
 
     def _attempt(self, shape: Shape, places: list[str]) -> list[Ended]:
-        """Start the processes; how they ended, in that order."""
+        """Start the processes; how they ended, in that order. Empty: a request to stop came first."""
         command = self.command + (shape.settings if shape.processes < self.processes else [])
         environment = os.environ | {
             "WORLD_SIZE": str(shape.processes),
@@ -149,11 +158,9 @@ class Supervisor:
         }
         if self._on_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(places[: shape.processes])
-        for rank in range(shape.processes):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self._running[rank] = subprocess.Popen(command, env=environment | place, preexec_fn=_die_with_parent)
         ended: list[Ended] = []
         try:
+            self._start(command, environment, shape.processes)
             while self._running and not any(process.status for process in ended):
                 ended += self._reap()
             deadline = time.monotonic() + self.grace_seconds
@@ -162,6 +169,21 @@ class Supervisor:
         finally:
             ended += self._end_all()
         return ended
+
+    def _start(self, command: list[str], environment: dict[str, str], processes: int) -> None:
+        """Start them, unless asked to stop. A signal meanwhile waits, and then reaches all of them."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+
+        def prepare() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _die_with_parent()
+
+        try:
+            for rank in range(processes if self._asked is None else 0):
+                variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._running[rank] = subprocess.Popen(command, env=variables, preexec_fn=prepare)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _reap(self) -> list[Ended]:
         """The processes that ended, after a little waiting."""
@@ -192,15 +214,18 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:
-        """Within it, signals to us reach the processes, which may save a checkpoint; TERM and INT end the run."""
+        """Within it, signals to us reach the processes, which may save a checkpoint, and end the run.
+
+        Those that were blocked arrive at its beginning.
+        """
 
         def forward(number: int, _: FrameType | None) -> None:
-            if number in STOPPING:
-                self._asked = number
+            self._asked = number
             for process in self._running.values():
                 process.send_signal(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         try:
             yield
         finally:

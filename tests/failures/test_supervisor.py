@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from launcher import supervise as supervise_launcher
 from s2moe.config import load
 from s2moe.config.run import RunConfig
 from s2moe.training.elastic import Shape, shape_for
@@ -44,7 +46,7 @@ def supervise(folder: Path, plan: dict[str, list[str]], processes: int = 2, **op
         options.pop("devices", lambda: None),
         lambda: "step 6",
         grace_seconds=1.0,
-        pause_seconds=0.2,
+        pause_seconds=options.pop("pause_seconds", 0.2),
         **options,
     ).run()
 
@@ -116,12 +118,12 @@ def test_no_shape_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "no shape of the run fits the 2 places that are left" in capsys.readouterr().err
 
 
-def start(folder: Path, plan: dict[str, list[str]]) -> subprocess.Popen[str]:
+def start(folder: Path, plan: dict[str, list[str]], pause: float = 0.2) -> subprocess.Popen[str]:
     """A supervisor in a process of its own, whose first attempt has begun."""
     code = f"""
 from pathlib import Path
 from tests.failures.test_supervisor import supervise
-raise SystemExit(supervise(Path({str(folder)!r}), {plan!r}))
+raise SystemExit(supervise(Path({str(folder)!r}), {plan!r}, pause_seconds={pause}))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -154,6 +156,99 @@ def test_signals_reach_the_processes_and_end_the_run(tmp_path: Path) -> None:
     _, printed = supervisor.communicate(timeout=30)
     assert supervisor.returncode == 75  # they saved and ended well
     assert "a signal asked it to stop, and it saved a checkpoint. Not started again" in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_that_comes_too_early_for_the_processes_ends_the_run_too(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    supervisor = start(tmp_path, {str(rank): [tells_its_pid(tmp_path, WAITING)] for rank in (0, 1)})
+    supervisor.send_signal(number)
+    _, printed = supervisor.communicate(timeout=30)
+    assert supervisor.returncode == 75  # they could not save, but the newest checkpoint is what it was
+    assert f"asked to stop by {number.name}: rank " in printed
+    assert f"was killed by {number.name}" in printed
+    assert printed.strip().endswith("Not started again; the same command continues from step 6")
+    assert [len(attempts(tmp_path, rank)) for rank in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_in_the_pause_before_a_restart_ends_the_run(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    plan = {str(rank): [tells_its_pid(tmp_path, "sys.exit(4)")] for rank in (0, 1)}
+    supervisor = start(tmp_path, plan, pause=30.0)
+    assert supervisor.stderr is not None
+    assert "Restart 1 of 3" in supervisor.stderr.readline()
+    supervisor.send_signal(number)
+    _, printed = supervisor.communicate(timeout=30)
+    assert supervisor.returncode == status
+    assert f"asked to stop by {number.name}: nothing was running" in printed
+    assert len(attempts(tmp_path)) == 1
+
+
+def test_a_signal_before_anything_was_started_starts_nothing(tmp_path: Path) -> None:
+    def devices() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    assert supervise(tmp_path, {}, devices=devices) == 75
+    assert not (tmp_path / "attempts-0").exists()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.kill(os.getpid(), signal.SIGTERM)  # as during the launcher's imports
+    assert supervise(tmp_path, {}) == 75
+    assert not (tmp_path / "attempts-0").exists()
+
+
+def test_a_signal_while_processes_are_started_reaches_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        process = real(*arguments, **options)
+        if options["env"]["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert supervise(tmp_path, {"0": [WAITING], "1": [WAITING]}) == 75
+
+
+def test_a_failure_is_told_before_the_stop_that_it_came_with(tmp_path: Path) -> None:
+    assert supervise(tmp_path, {"0": ["sys.exit(75)"], "1": ["sys.exit(3)"]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("visible", "works", "found"),
+    [
+        ("4,5,7", {"4", "5", "7"}, ["4", "5", "7"]),
+        ("4,5,7", {"4", "7"}, ["4", "7"]),
+        ("4,5,7", {"5", "7"}, ["5", "7"]),
+        ("GPU-a,GPU-b", {"GPU-b"}, ["GPU-b"]),
+        ("", set(), []),
+        (None, {"0", "1"}, ["0", "1"]),
+    ],
+)
+def test_gpus_that_are_left(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, works: set[str], found: list[str]
+) -> None:
+    def count(values: list[str | None]) -> list[int]:
+        """CUDA sees no GPU behind one that it does not find."""
+        lists = [sorted(works) if value is None else value.split(",") for value in values]
+        return [len(list(itertools.takewhile(works.__contains__, names))) for names in lists]
+
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(supervise_launcher, "count", count)
+    assert supervise_launcher.gpus() == found
+
+
+def test_gpus_are_counted_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys; v = os.environ['CUDA_VISIBLE_DEVICES']; sys.exit(1) if v == '5' else print('x', v)"
+    monkeypatch.setattr(supervise_launcher, "COUNT", code)
+    assert supervise_launcher.count(["2", "5", "1"]) == [2, 0, 1]
 
 
 def test_processes_do_not_outlive_their_supervisor(tmp_path: Path) -> None:

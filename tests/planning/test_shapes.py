@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher import pretrain
 from launcher.plan import main
 from s2moe.config import ConfigError, load
 from s2moe.config.run import RunConfig, check_world
@@ -16,7 +17,7 @@ from s2moe.planning.calibration import Efficiency
 from s2moe.planning.machines import GIB, machine
 from s2moe.planning.memory import USABLE
 from s2moe.planning.report import write_best
-from s2moe.planning.shapes import Cluster, Shape, rank_shapes
+from s2moe.planning.shapes import Cluster, Shape, rank_shapes, refusals
 from s2moe.training.engine import deepspeed_config
 
 LARGE = Path(__file__).resolve().parents[2] / "configs" / "large_10b.yaml"
@@ -140,6 +141,57 @@ def test_planned_imbalance_is_what_dispatch_must_hold(tmp_path: Path) -> None:
     assert dispatch[0].keys() == dispatch[1].keys()
     # Twice as many rows received and computed, as many sent and returned.
     assert all(dispatch[1][shape] == pytest.approx(1.5 * size) for shape, size in dispatch[0].items())
+
+
+def test_no_shape_for_so_many_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        main(["--config", str(LARGE), "--nodes", "3", "--gpus-per-node", "7"])
+    told = str(raised.value)
+    assert told.startswith("no shape is possible on 21 processes: ")
+    assert told.count("must be a multiple of processes x micro_batch") == 1
+    assert told.endswith("The nearest number of processes that works is 16")
+    assert "shapes:" not in capsys.readouterr().out
+
+
+def test_reasons_are_told_once_each() -> None:
+    shapes, _ = ranked("training.global_batch=48")
+    reasons = refusals(shapes)
+    assert len(reasons) == len({reason.split(",")[0].split(" = ")[0] for reason in reasons}) >= 1
+    assert {reason.partition(":")[0] for reason in reasons} == {
+        s.refusal.partition(":")[0] for s in shapes if s.refusal
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--network-gbit", "0", "must be above 0, got 0"),
+        ("--network-gbit", "nan", "must be above 0, got nan"),
+        ("--gpu-memory", "0", "must be above 0, got 0"),
+        ("--imbalance", "0.5", "must be at least 1, got 0.5"),
+        ("--load-cv", "-1", "must not be negative, got -1"),
+        ("--nodes", "0", "must be at least 1, got 0"),
+    ],
+)
+def test_numbers_that_cannot_be(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--config", str(LARGE), f"{option}={value}"])
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: argument {option}: {message}")
+
+
+@pytest.mark.parametrize("number", ["0", "-2"])
+def test_a_dry_run_is_of_one_process_at_least(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        pretrain.main(["--config", str(LARGE), "--dry-run", "--world-size", number])
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == f"error: --world-size must be at least 1, got {number} (--help explains)\n"
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    small = ["--config", str(LARGE), "model.num_hidden_layers=6", "training.global_batch=64"]
+    with pytest.raises(ConfigError, match=r"--json: cannot write .*: No such file or directory"):
+        main([*small, "--json", str(tmp_path / "nowhere" / "x.json")])
 
 
 @pytest.mark.slow

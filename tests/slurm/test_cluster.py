@@ -172,6 +172,23 @@ def test_a_mistake_is_told_and_not_tried_again(run: Run) -> None:
     assert run.output().count("error: training.stepz: unknown key; did you mean training.steps?") >= 1
 
 
+def test_a_mistake_of_one_rank_is_not_tried_again(run: Run) -> None:
+    """srun kills the other one, and its status is then 137 or 143."""
+    python = run.home / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        'if [[ $SLURM_PROCID == 1 ]]; then sleep 2; echo "error: the loss is not finite"; exit 3; fi\n'
+        "exec sleep 600\n"
+    )
+    python.chmod(0o755)
+    run.submit(options=(f"--export=ALL,S2MOE_PYTHON={python}",))
+    job = run.cluster.wait_for_end(run.number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "0"), run.output()
+    assert "the run ended with status 3: not started again" in run.output()
+    assert "error: the loss is not finite" in run.output()
+    assert "task 1: Exited with exit code 3" in run.output()
+
+
 def test_a_sweep_of_two_methods_and_two_seeds(cluster: Cluster, tmp_path: Path) -> None:
     config, places = tiny_run(tmp_path)
     number = cluster.submit(

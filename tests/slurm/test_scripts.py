@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG = "configs/quickstart.yaml"
 SCRIPTS = sorted(path for path in (ROOT / "slurm").iterdir() if path.suffix in (".sh", ".sbatch"))
 
 
@@ -41,28 +42,32 @@ def test_a_job_may_be_stopped_and_requeued(path: Path) -> None:
         assert f"#SBATCH {option}" in lines
 
 
-def test_one_process_a_gpu() -> None:
-    lines = dry_run("pretrain.sbatch", "--nodes=4", "--gpus-per-node", "8", "--cpus-per-task=12", "--config", "x y")
+def test_one_process_a_gpu(tmp_path: Path) -> None:
+    config = tmp_path / "x y"
+    config.touch()
+    lines = dry_run(
+        "pretrain.sbatch", "--nodes=4", "--gpus-per-node", "8", "--cpus-per-task=12", "--config", str(config)
+    )
     assert lines[-1] == (
         "srun --nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=12 --kill-on-bad-exit=1 "
         "--output=logs/pretrain-0/rank-%t.log --open-mode=append python3 "
-        f"{ROOT}/launcher/pretrain.py --config x\\ y"
+        f"{ROOT}/launcher/pretrain.py --config {tmp_path}/x\\ y"
     )
     assert "OMP_NUM_THREADS=12" in lines
     assert "4 nodes x 8 processes x 12 threads" in lines[0]
 
 
 def test_nodes_without_gpus() -> None:
-    lines = dry_run("pretrain.sbatch", "--nodes=2", "--ntasks-per-node=2", "--config", "x")
+    lines = dry_run("pretrain.sbatch", "--nodes=2", "--ntasks-per-node=2", "--config", CONFIG)
     assert "srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 " in lines[-1]
 
 
 def test_fine_tuning_starts_its_own_program() -> None:
-    lines = dry_run("finetune.sbatch", "--gpus-per-node=2", "--cpus-per-task=3", "--config", "x", "name=y")
+    lines = dry_run("finetune.sbatch", "--gpus-per-node=2", "--cpus-per-task=3", "--config", CONFIG, "name=y")
     assert lines[-1].startswith("srun --nodes=1 --ntasks=2 --ntasks-per-node=2 --cpus-per-task=3 ")
     assert lines[-1].endswith(
         f" --output=logs/finetune-0/rank-%t.log --open-mode=append python3 "
-        f"{ROOT}/launcher/finetune.py --config x name=y"
+        f"{ROOT}/launcher/finetune.py --config {CONFIG} name=y"
     )
 
 
@@ -78,14 +83,16 @@ def test_container_and_site(tmp_path: Path) -> None:
 
 
 def test_a_sweep_has_a_run_for_each_pair() -> None:
-    lines = dry_run("sweep.sbatch", "--methods=smoe,s2moe", "--seeds", "1,2", "--config", "c/base.yaml", "a.b=c")
+    lines = dry_run("sweep.sbatch", "--methods=smoe,s2moe", "--seeds", "1,2", "--config", CONFIG, "a.b=c")
     launched = [line.partition("pretrain.py ")[2] for line in lines if line.startswith("srun ")]
     assert "--array=0-3" in lines[0]
     assert launched == [
-        f"--config c/base.yaml a.b=c model.moe.method={method} seed={seed} name=base-{method}-seed{seed}"
+        f"--config {CONFIG} a.b=c model.moe.method={method} seed={seed} name=quickstart-{method}-seed{seed}"
         for method in ("smoe", "s2moe")
         for seed in (1, 2)
     ]
+    logs = [line.partition("--output=")[2].split()[0] for line in lines if line.startswith("srun ")]
+    assert logs == [f"logs/sweep-0_{number}/rank-%t.log" for number in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +102,36 @@ def test_a_sweep_has_a_run_for_each_pair() -> None:
         (["pretrain.sbatch", "--dry-run", "--nodes=two"], {}, "error: --nodes: must be a number, got 'two'"),
         (["pretrain.sbatch", "--dry-run"], {"S2MOE_SITE": "nowhere"}, "error: S2MOE_SITE: there is no file nowhere"),
         (
-            ["pretrain.sbatch", "--dry-run", "--gpus-per-node=8"],
+            ["pretrain.sbatch", "--dry-run", "--gpus-per-node=8", "--config", CONFIG],
             {"SLURM_CPUS_ON_NODE": "1"},
             "error: the job has 1 CPUs on a node for 8 processes: submit with --ntasks-per-node=8 --cpus-per-task=N",
         ),
         (["sweep.sbatch", "--dry-run", "--seeds=1"], {}, "error: give --methods a,b,... and --seeds 1,2,..."),
-        (["sweep.sbatch", "--methods=a,b", "--seeds=1"], {}, "a sweep of 2 runs is a job array: sbatch --array=0-1"),
+        (["pretrain.sbatch", "--dry-run"], {}, "error: --config is missing"),
+        (["finetune.sbatch", "--dry-run", "--config=no.yaml"], {}, "error: --config: there is no file 'no.yaml'"),
+        (["sweep.sbatch", "--dry-run", "--methods=a", "--seeds=1"], {}, "error: --config is missing"),
         (
-            ["sweep.sbatch", "--methods=a,b", "--seeds=1"],
+            ["sweep.sbatch", "--dry-run", "--methods=a,b", "--seeds=1,2", "--config", "no.yaml"],
+            {},
+            "error: --config: there is no file 'no.yaml'",
+        ),
+        (
+            ["sweep.sbatch", "--dry-run", "--methods=a,b,a", "--seeds=1", "--config", CONFIG],
+            {},
+            "error: --methods: a is given twice",
+        ),
+        (
+            ["sweep.sbatch", "--dry-run", "--methods=a", "--seeds=1,12,1", "--config", CONFIG],
+            {},
+            "error: --seeds: 1 is given twice",
+        ),
+        (
+            ["sweep.sbatch", "--methods=a,b", "--seeds=1", "--config", CONFIG],
+            {},
+            "a sweep of 2 runs is a job array: sbatch --array=0-1",
+        ),
+        (
+            ["sweep.sbatch", "--methods=a,b", "--seeds=1", "--config", CONFIG],
             {"SLURM_ARRAY_TASK_ID": "2"},
             "error: the sweep has 2 runs, number 2 is none of them: sbatch --array=0-1",
         ),
@@ -125,3 +154,56 @@ def test_a_port_that_somebody_listens_on_is_passed_over() -> None:
         server.listen()
         assert port(job) == 10000 + job + 4999
     assert port(12_345_678) < 32768
+
+
+# Stand-ins for Slurm's programs. What srun tells, its status, and what rank 0 logs come from the environment.
+SRUN = """#!/bin/bash
+for option; do case $option in --output=*) log=${option#--output=} ;; esac; done
+echo "$LOGGED" >>"${log/\\%t/0}"
+echo "$TOLD" >&2
+exit "$STATUS"
+"""
+SCONTROL = """#!/bin/bash
+case $1 in show) echo 127.0.0.1 JobState=RUNNING ;; esac
+"""
+
+
+def job(folder: Path, status: int, told: str, logged: str = "") -> subprocess.CompletedProcess[str]:
+    """A start of a job whose srun ends so; with the logs of the starts before."""
+    programs = folder / "programs"
+    programs.mkdir(exist_ok=True)
+    for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(content)
+        (programs / name).chmod(0o755)
+    variables = {"STATUS": str(status), "TOLD": told, "LOGGED": logged, "S2MOE_LOGS": str(folder / "logs")}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "127.0.0.1"}
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    return bash("slurm/pretrain.sbatch", "--config", CONFIG, **variables, **slurm, **path)
+
+
+@pytest.mark.parametrize("own", [2, 3])
+@pytest.mark.parametrize("highest", [4, 137, 143])
+def test_a_rank_that_failed_by_itself_counts_whatever_became_of_the_others(
+    tmp_path: Path, own: int, highest: int
+) -> None:
+    told = f"srun: error: n1: task 1: Exited with exit code {own}\nsrun: error: n0: task 0: Exited with exit code 4"
+    ended = job(tmp_path, highest, told, "error: the loss is not finite")
+    assert ended.returncode == own
+    assert f"the run ended with status {own}: not started again" in ended.stdout
+    assert "error: the loss is not finite" in ended.stdout
+    assert told in ended.stderr
+    assert "requeued" not in ended.stdout
+
+
+def test_a_lost_process_is_started_again_while_the_run_gets_on(tmp_path: Path) -> None:
+    told = "srun: error: n1: task 1: Killed\nsrun: error: n0: task 23: Exited with exit code 23"
+    for restart in (1, 2, 3):
+        ended = job(tmp_path, 137, told)
+        assert ended.returncode == 0
+        assert f"restart {restart} of 3" in ended.stdout
+    for restart in (1, 2, 3):  # the checkpoint is another one than before
+        assert f"restart {restart} of 3" in job(tmp_path, 137, told, "continuing from runs/x/step-9, step 9").stdout
+    ended = job(tmp_path, 137, told, "continuing from runs/x/step-9, step 9; reshaped")
+    assert ended.returncode == 137
+    assert "so it was in 3 starts before: giving up" in ended.stdout
+    assert "restart 1 of 3" in job(tmp_path, 137, told, "continuing from runs/x/step-12, step 12").stdout

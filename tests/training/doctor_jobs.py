@@ -39,7 +39,7 @@ def separate_directories(shared: str) -> Any:
     found: list[Any] = [None, None]
     own = Path(shared) / str(dist.get_rank())
     dist.all_gather_object(found, storage.check_storage(own, dist.get_rank(), written=2**20))
-    return merge(found, HOSTS)[0], [path.name for path in own.iterdir()]
+    return merge(found, HOSTS)[0], [path.name for path in Path(shared).iterdir()]
 
 
 def one_directory_is_a_file(shared: str) -> Any:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from launcher.doctor import main
+from s2moe.config import ConfigError
 from s2moe.config.run import RunConfig
 from s2moe.doctor import examine, machine, versions
 from s2moe.doctor.finding import Finding, measured, merge
@@ -111,7 +112,7 @@ def test_room_for_checkpoints(tmp_path: Path, config: RunConfig) -> None:
     assert found["disk space"].status == "fail"
     assert "checkpoints need 931,322,574" in found["disk space"].remedy
     assert found["disk speed"].status in ("ok", "warn")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
     needed = examine._checkpoint_bytes(config)
     assert needed is not None
     config.checkpoint.keep = 5
@@ -148,6 +149,40 @@ def test_exit_status_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     assert "FAIL  output directory" in printed
     assert "-> choose a directory" in printed
+    with pytest.raises(ConfigError, match=r"--json: cannot write .*nowhere/found.json: No such file"):
+        main(["--output", str(tmp_path / "new" / "runs"), "--json", str(tmp_path / "nowhere" / "found.json")])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus"], "error: unrecognized arguments: --bogus (--help explains)"),
+        (["training.steps=3"], "error: training.steps=3 needs --config: it changes a setting of the run to come"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1
+    assert printed[0].startswith(message)
+
+
+def test_missing_packages_are_told_without_any_of_them(tmp_path: Path) -> None:
+    (tmp_path / "doctor.py").write_text((REPOSITORY / "launcher" / "doctor.py").read_text())
+    result = subprocess.run(  # -S: none of the installed packages is found
+        [sys.executable, "-S", str(tmp_path / "doctor.py")],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "has no torch, numpy, yaml, transformers, huggingface_hub, packaging" in result.stdout
+    assert "make setup" in result.stdout
 
 
 @pytest.mark.usefixtures("_one_process")
