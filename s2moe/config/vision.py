@@ -43,8 +43,10 @@ class VisionDataConfig:
         True, "subtract the set's mean and divide by its standard deviation; false: pixels in [0, 1], as kind vae needs"
     )
     fraction: float = option(1.0, "train on the first part of each class only")
-    max_train: int | None = option(None, "train on the first so many images only; null: all")
-    max_test: int | None = option(None, "test on the first so many images only; null: all")
+    max_train: int | None = option(
+        None, "train on so many images only, the same ones in every run, drawn by chance; null: all"
+    )
+    max_test: int | None = option(None, "test on so many images only, likewise; null: all")
 
     def __post_init__(self) -> None:
         for name, known in (("name", IMAGE_SETS), ("augmentation", AUGMENTATIONS)):
@@ -62,7 +64,7 @@ class VisionDataConfig:
         images = open_images(self.name, source=self.source, directory=self.dir, **self.options).fraction(self.fraction)
         if not self.normalise:
             images = dataclasses.replace(images, mean=(0.0,) * images.channels, std=(1.0,) * images.channels)
-        return images.first(self.max_train or len(images.train), self.max_test or len(images.test))
+        return images.drawn(self.max_train or len(images.train), self.max_test or len(images.test))
 
     def augmentation_of_training(self) -> str:
         """The given augmentation, or the set's own."""

@@ -51,12 +51,19 @@ def evaluate_images(
     batch: int,
     processes: Processes,
     seed: int = 0,
+    epoch: int = 0,
 ) -> ImageScore:
-    """Score the test split. Collective; the model must be in evaluation mode.
+    """Score the test split. Collective.
 
     `loss` is the mean negative log-likelihood of the labels, `task_loss` the model's own; both, and the model's values,
-    are means over images. What a model draws (a latent sample, an expert) is keyed by `seed` and the block.
+    are means over images. What a model draws (a latent sample, an expert) is keyed by `seed` and the block; a schedule
+    by epochs stands at `epoch`.
+
+    Raises:
+        ValueError: the model is in training mode, where batch normalisation and dropout would do something else.
     """
+    if getattr(model, "module", model).training:  # DeepSpeed's engine itself is always in training mode
+        raise ValueError("the model is in training mode: call eval() before evaluating it")
     rank, world, device = processes.rank, processes.world_size, processes.device
     blocks = math.ceil(len(images.test) / batch)
     selection: Selection | None = None
@@ -66,7 +73,8 @@ def evaluate_images(
         counts = block < blocks
         pixels, labels_B = batch_in_order(images, batch * (block if counts else 0), batch)
         pixels, labels_B = pixels.to(device), labels_B.to(device)
-        output = model(pixel_values=pixels, labels=labels_B, context=RoutingContext(seed=seed, microbatch=block))
+        context = RoutingContext(seed=seed, microbatch=block, epoch=epoch)
+        output = model(pixel_values=pixels, labels=labels_B, context=context)
         found = dict(output.figures or {})
         found["task_loss"] = output.task_loss
         if output.logits is not None:

@@ -46,6 +46,10 @@ class Job(ABC):
         """The engine, with weights that are drawn, or `initial`. Collective."""
 
     @abstractmethod
+    def begin(self, engine: Any) -> None:
+        """Called once, before the first step of a run; not where it goes on. Collective."""
+
+    @abstractmethod
     def prober(self, engine: Any, processes: Processes, log: RunLog) -> Callable[[int], None]:
         """Called with a step, looks into the SMoE layers. Collective."""
 

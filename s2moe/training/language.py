@@ -57,6 +57,9 @@ class LanguageJob(Job):
     def build(self, processes: Processes, initial: InitialWeights | None) -> Any:
         return build_engine(self.config, self.model_config, processes, initial)
 
+    def begin(self, engine: Any) -> None:
+        """Nothing is asked of an untrained language model."""
+
     def prober(self, engine: Any, processes: Processes, log: RunLog) -> Callable[[int], None]:
         return LiveProbe(self.config, engine, self._probe_set, processes, self.config.directory, log)
 

@@ -36,6 +36,8 @@ from .run_log import RunLog
 from .vision_initial import VisionWeights
 
 EVALUATION_FILE = "evaluation.json"
+BEFORE_FILE = "before.json"  # what experts and gate were before the first step, for evaluation.json
+OF_BEFORE = ("error", "h_s", "h_u", "mi_pred", "mi_true")  # figures that are kept of it
 
 
 def train_vision(config: VisionRunConfig, processes: Processes) -> Result:
@@ -123,10 +125,20 @@ class VisionJob(Job):
             initial.fill(model)
         if config.training.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._similarity_before = weight_similarity(model)
         synchronise_batch_norms(model, dist.group.WORLD if processes.world_size > 1 else None)
         freeze_named(model, config.training.freeze)
         return start_engine(model, config, processes)
+
+    def begin(self, engine: Any) -> None:
+        """Keep what experts and gate are before training: independent experts begin with cosines near 0, say."""
+        if not hasattr(engine.module, "expert_weights") or engine.module.config.num_experts == 1:
+            return
+        engine.eval()
+        score, similarity = self._evaluate(engine), weight_similarity(engine.module)
+        if self._processes.is_main:
+            found = {name: score.figures[name] for name in OF_BEFORE if name in score.figures}
+            text = json.dumps(found | {"pes": pes_mean(similarity)})
+            (self.config.directory / BEFORE_FILE).write_text(text, encoding="utf-8")
 
     def prober(self, engine: Any, processes: Processes, log: RunLog) -> Callable[[int], None]:
         return lambda step: None
@@ -139,7 +151,9 @@ class VisionJob(Job):
         return score
 
     def _evaluate(self, engine: Any) -> ImageScore:
-        return evaluate_images(engine, self._images, self.config.evaluation.batch, self._processes, self.config.seed)
+        epoch = self.feed.epoch(max(0, self.state.samples - 1))
+        batch, seed = self.config.evaluation.batch, self.config.seed
+        return evaluate_images(engine, self._images, batch, self._processes, seed, epoch)
 
     def _with_sparse(self, engine: Any, score: ImageScore) -> ImageScore:
         """For a mixture that could leave experts out: also the error with each image's first expert alone."""
@@ -159,8 +173,7 @@ class VisionJob(Job):
         state = gather_state(engine.module)
         if state is not None:
             assert self._last.score is not None
-            similarity = [self._similarity_before, weight_similarity(engine.module)]
-            write_evaluation(directory, step, self._last.score, self._images, similarity)
+            write_evaluation(directory, step, self._last.score, self._images, weight_similarity(engine.module))
             with torch.device("meta"):
                 model = build_model(self.config, self.model_config, parallel=False)
             origin = {"run": directory.name, "step": step, "images": self._images.name}
@@ -196,27 +209,32 @@ def weight_similarity(model: nn.Module) -> list[list[float]]:
 
 
 def write_evaluation(
-    directory: Path, step: int, score: ImageScore, images: ImageSet, similarity: list[list[list[float]]]
+    directory: Path, step: int, score: ImageScore, images: ImageSet, similarity: list[list[float]]
 ) -> None:
     """Write what the finished model came to on the test images as `evaluation.json`.
 
+    Figures called `..._before` are those of the untrained model.
+
     Args:
-        similarity: of the experts' weights before and after training.
+        similarity: of the experts' weights.
     """
     figures = dict(score.figures)
-    for name, matrix in zip(("pes_before", "pes"), similarity, strict=True):
-        if len(matrix) > 1:
-            figures[name] = pes_mean(matrix)
-    found = {
+    if len(similarity) > 1:
+        figures["pes"] = pes_mean(similarity)
+    before = directory / BEFORE_FILE
+    if before.is_file():
+        found = json.loads(before.read_text(encoding="utf-8"))
+        figures |= {f"{name}_before": value for name, value in found.items()}
+    content = {
         "step": step,
         "images": score.images,
         "set": images.name,
         "classes": list(images.classes),
         "figures": figures,
         "selection": score.selection,
-        "similarity": similarity[1],
+        "similarity": similarity,
     }
-    (directory / EVALUATION_FILE).write_text(json.dumps(found), encoding="utf-8")
+    (directory / EVALUATION_FILE).write_text(json.dumps(content), encoding="utf-8")
 
 
 def pes_mean(matrix: list[list[float]]) -> float:

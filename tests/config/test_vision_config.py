@@ -121,3 +121,10 @@ def test_linear_and_constant_schedules() -> None:
     line = schedule("kind=linear", "warmup_steps=1", "min_lr_ratio=0.2")
     assert [lr_multiplier(line, step, 6) for step in range(6)] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2])
     assert {lr_multiplier(schedule(), step, 6) for step in range(6)} == {1.0}
+
+
+def test_a_smaller_set_has_all_classes_though_files_come_class_by_class(tmp_path: Path) -> None:
+    shapes = ["data.name=synthetic_strokes", "data.options={train: 40, test: 20}", f"data.dir={tmp_path}"]
+    part = config(*shapes, "data.max_train=60", "data.max_test=30").data.open()
+    assert (len(part.train), len(part.test)) == (60, 30)
+    assert set(part.train.labels.tolist()) == set(part.test.labels.tolist()) == set(range(5))

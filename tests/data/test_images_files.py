@@ -84,6 +84,62 @@ def test_official_checksums_are_of_the_unpacked_files(tmp_path: Path, monkeypatc
     assert len(open_images("mnist", tmp_path, tmp_path).train) == 30
 
 
+def test_a_part_drawn_by_chance_has_every_class_and_is_always_the_same() -> None:
+    labels = np.repeat(np.arange(5), 400)  # class by class
+    split = ImageSplit(np.arange(2000).astype(np.uint8)[:, None, None, None], labels)
+    data = ImageSet("sorted", tuple("abcde"), split, ImageSplit(split.images[::4], labels[::4]), (0.0,), (1.0,))
+    part = data.drawn(500, 100)
+    assert (len(part.train), len(part.test)) == (500, 100)
+    assert np.bincount(part.train.labels).min() > 70  # of 100
+    assert np.bincount(part.test.labels).min() > 8  # of 20
+    raw = np.random.Philox(key=0).random_raw(2000)  # the documented rule, written again
+    least = sorted(sorted(range(2000), key=lambda i: int(raw[i]))[:500])
+    assert np.array_equal(part.train.images, split.images[least])
+    assert np.array_equal(part.train.labels, labels[least])
+    assert data.drawn(500, 100).fingerprint == part.fingerprint
+    assert data.drawn(2000, 100).train is split
+
+
+OFFICIAL = {
+    "mnist": ((0.1307,), (0.3081,), 28, "0 1 2 3 4 5 6 7 8 9"),
+    "mnist_10k": ((0.5,), (0.5,), 28, "0 1 2 3 4 5 6 7 8 9"),
+    "fashion_mnist": (
+        (0.2859,),
+        (0.3530,),
+        28,
+        "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle_boot",
+    ),
+    "fmnist_mnist": ((0.5,), (0.5,), 28, "t-shirt trouser pullover dress coat sandal 4 5 6 7 8 9"),
+    "cifar10": (
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        32,
+        "airplane automobile bird cat deer dog frog horse ship truck",
+    ),
+    "cifar100": ((0.5074, 0.4867, 0.4411), (0.2011, 0.1987, 0.2025), 32, None),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OFFICIAL))
+def test_published_normalisation_size_and_classes(tmp_path: Path, name: str) -> None:
+    if name == "cifar10":
+        _write_cifar10(tmp_path, (0, 1, 2, 3, 4, 5))
+    elif name == "cifar100":
+        content, _, _ = cifar_bytes(5, 2, 100, seed=1)
+        write_tar(tmp_path / "cifar-100-binary.tar.gz", {"c/train.bin": content, "c/test.bin": content})
+    else:
+        for folder in ("mnist", "fashion_mnist"):
+            write_mnist(tmp_path / folder, 30, 20)
+    data = open_images(name, tmp_path, tmp_path / "kept", official=False)
+    mean, std, size, classes = OFFICIAL[name]
+    assert (data.mean, data.std, data.image_size, data.channels) == (mean, std, size, len(mean))
+    if classes is None:  # of 100, the first and the last of the alphabet
+        assert (len(data.classes), data.classes[:2], data.classes[-1]) == (100, ("apple", "aquarium_fish"), "worm")
+    else:
+        assert data.classes == tuple(part.replace("_", " ") for part in classes.split())
+    assert IMAGE_SETS[name].augmentation == ("flip_crop" if name.startswith("cifar") else "none")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -339,8 +395,9 @@ def test_parts_of_a_set_and_its_fingerprint() -> None:
     half = data.fraction(0.4)
     assert np.array_equal(half.train.images, images[:8])
     assert len(half.test) == 20
-    assert data.first(20, 20) is data
+    assert data.first(20, 20) is data.drawn(20, 20) is data
     assert data.first(3, 2).name == "some, the first 3 / 2"
+    assert data.drawn(3, 2).name == "some, 3 / 2 drawn by chance"
     assert data.normalised(0, 1).std == (1,)
     changed = images.copy()
     changed[3, 0, 0, 0] ^= 1
@@ -359,6 +416,7 @@ def test_parts_of_a_set_and_its_fingerprint() -> None:
         lambda: data.only((4,)),
         lambda: data.fraction(0),
         lambda: data.first(0, 1),
+        lambda: data.drawn(1, 0),
     ):
         with pytest.raises(CorpusError):
             wrong()

@@ -62,7 +62,7 @@ def finished(output: Path, settings: dict[str, Any]) -> Path:
     config.directory.mkdir(parents=True)
     (config.directory / "config.yaml").write_text(to_yaml(to_dict(config)), encoding="utf-8")
     score = evaluate_images(model, images, config.evaluation.batch, Processes(0, 0, 1, torch.device("cpu")), 3)
-    write_evaluation(config.directory, 1, score, images, [weight_similarity(model)] * 2)
+    write_evaluation(config.directory, 1, score, images, weight_similarity(model))
     with torch.device("meta"):
         empty = build_model(config, model_config, parallel=False)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+import scipy.stats
 
 from s2moe.config import ConfigError
 from s2moe.training.tables import results
-from s2moe.training.tables.results import Run, is_finished, mean_and_deviation, paired, settings_of
+from s2moe.training.tables.results import Run, is_finished, mean_and_deviation, over_last_epoch, paired, settings_of
 from s2moe.training.tables.runner import run_table
 from s2moe.training.tables.spec import plan_runs, read_table, table_names
 from s2moe.training.vision import EVALUATION_FILE
@@ -72,7 +73,7 @@ def test_every_table_of_ours_can_be_planned(tmp_path: Path) -> None:
     for name in table_names():
         table = read_table(name)
         chains = plan_runs(table, tmp_path, table.runs)
-        assert len(chains) == table.runs * len(table.rows)
+        assert len(chains) == sum(row.runs or table.runs for row in table.rows)
         directories = [stage.config.directory for chain in chains for stage in chain]
         assert len(set(directories)) == len(directories)
         for row in table.rows:
@@ -91,13 +92,6 @@ def test_stages_begin_with_the_weights_of_the_one_before(tmp_path: Path) -> None
     )
     assert (teacher.config.model["importance_loss"], student.config.model["importance_loss"]) == (0.4, 0)
     assert (student.config.model["gate"], student.config.model["frozen"]) == ("original", "experts")
-
-
-def test_seeds_take_the_preset_splits_in_turn(tmp_path: Path) -> None:
-    chains = [c for c in plan_runs(read_table("fmnist_mnist"), tmp_path, 4) if c[0].row == "combined_experts_and_gate"]
-    splits = [chain[0].config.model["preset_split"] for chain in chains]
-    assert len(set(splits[:3])) == 3
-    assert splits[3] == splits[0]
 
 
 def test_a_table_is_written(made: Path) -> None:
@@ -197,6 +191,25 @@ def test_where_a_run_lies_is_none_of_its_settings(small: str, tmp_path: Path) ->
 
 def run_of(row: str, seed: int, error: float) -> Run:
     return Run(row, seed, {"error": error}, {})
+
+
+def test_training_figures_are_of_the_last_epoch() -> None:
+    events = [
+        {"step": 10, "epoch": 1.0, "train/error": 0.9},
+        {"step": 14, "epoch": 1.4, "train/error": 0.5},
+        {"step": 20, "epoch": 2.0, "train/error": 0.1},
+    ]
+    assert over_last_epoch(events, "train/error") == pytest.approx((4 * 0.5 + 6 * 0.1) / 10)
+
+
+def test_a_claim_may_compare_two_figures() -> None:
+    def of(seed: int, error: float, teacher: float) -> Run:
+        return Run("student", seed, {"error": error, "teacher": teacher}, {})
+
+    runs = [of(1, 0.1, 0.2), of(2, 0.3, 0.3), of(3, 0.2, 0.5)]
+    difference, t_test, _ = paired(runs, runs, "error", "teacher")
+    assert difference.startswith("0.1333")
+    assert float(t_test) == pytest.approx(scipy.stats.ttest_rel([0.2, 0.3, 0.5], [0.1, 0.3, 0.2]).pvalue, rel=1e-2)
 
 
 def test_pairs_are_of_the_same_seed() -> None:

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from s2moe.data.images import open_images
+from s2moe.models.vision import MixtureConfig, MixtureModel
 from s2moe.training import metrics_log
+from s2moe.training.image_evaluation import evaluate_images
+from s2moe.training.processes import Processes
 from s2moe.training.vision import read_evaluation
 from s2moe.training.vision_initial import load_vision_model
 from tests.distributed_harness import DistributedError, run_distributed
@@ -72,6 +77,25 @@ def test_the_exported_model_scores_what_was_logged(alone: Path) -> None:
     found = read_evaluation(alone / "run")["figures"]
     assert (output.logits.argmax(-1) != labels_B).double().mean().item() == pytest.approx(found["error"], abs=1e-9)
     assert output.task_loss.item() == pytest.approx(found["task_loss"], abs=1e-5)
+
+
+def test_what_was_before_training_is_kept_over_a_resume(tmp_path: Path) -> None:
+    """The second half of a run does not measure its own start."""
+    run(tmp_path / "whole", ATTENTIVE)
+    run(tmp_path / "parts", {**ATTENTIVE, "training.stop_after_minutes": 1e-9})
+    run(tmp_path / "parts", {**ATTENTIVE, "checkpoint.resume": "must"})
+    whole, parts = (read_evaluation(tmp_path / name / "run")["figures"] for name in ("whole", "parts"))
+    assert whole == parts
+    assert whole["h_s"] != whole["h_s_before"] > 2  # an untrained gate is even: log2 of 5 experts is 2.32
+    assert abs(whole["pes_before"]) < 0.2
+
+
+def test_a_model_in_training_mode_is_not_evaluated() -> None:
+    images, processes = open_images("digits"), Processes(0, 0, 1, torch.device("cpu"))
+    model = MixtureModel(MixtureConfig(architecture="digits", image_size=8)).train()
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        evaluate_images(model, images, 60, processes)
+    assert evaluate_images(model.eval(), images, 60, processes).images == 355
 
 
 def test_two_ranks_do_what_one_process_does(alone: Path, tmp_path: Path) -> None:

@@ -33,6 +33,17 @@ class ImageSplit:
         """The first ``most`` images, in the order of the file."""
         return ImageSplit(self.images[:most], self.labels[:most])
 
+    def drawn(self, most: int) -> ImageSplit:
+        """``most`` images drawn by chance, in the order of the file, since some sets come class by class.
+
+        The same ones every time: those of the least numbers of numpy's Philox stream with key 0. More hold fewer.
+        """
+        if most >= len(self):
+            return self
+        number_N = np.random.Philox(key=0).random_raw(len(self))
+        place = np.sort(np.argsort(number_N, kind="stable")[:most])
+        return ImageSplit(self.images[place], self.labels[place])
+
     def of_classes(self, classes: Sequence[int]) -> ImageSplit:
         """The images of some classes, in order, under the labels they have."""
         keep_N = np.isin(self.labels, np.asarray(classes, dtype=np.int64))
@@ -108,12 +119,22 @@ class ImageSet:
 
     def first(self, train: int, test: int) -> ImageSet:
         """The first images of each split, in the order of the files."""
+        self._check_sizes(train, test)
+        return self._smaller(self.train.first(train), self.test.first(test), "the first {:,} / {:,}")
+
+    def drawn(self, train: int, test: int) -> ImageSet:
+        """So many images of each split, drawn by chance, the same ones every time."""
+        self._check_sizes(train, test)
+        return self._smaller(self.train.drawn(train), self.test.drawn(test), "{:,} / {:,} drawn by chance")
+
+    def _check_sizes(self, train: int, test: int) -> None:
         if train < 1 or test < 1:
             raise CorpusError(f"{self.name}: keep at least one image of train and of test, not {train} and {test}")
-        smaller = replace(self, train=self.train.first(train), test=self.test.first(test))
-        if len(smaller.train) == len(self.train) and len(smaller.test) == len(self.test):
+
+    def _smaller(self, train: ImageSplit, test: ImageSplit, which: str) -> ImageSet:
+        if len(train) == len(self.train) and len(test) == len(self.test):
             return self
-        return replace(smaller, name=f"{self.name}, the first {len(smaller.train):,} / {len(smaller.test):,}")
+        return replace(self, name=f"{self.name}, {which.format(len(train), len(test))}", train=train, test=test)
 
     def fraction(self, share: float) -> ImageSet:
         """The first part of each class of train. The test split stays whole, so that errors can be compared."""

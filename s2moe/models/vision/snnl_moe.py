@@ -8,7 +8,8 @@ with z_l the extractor's layers: the outputs, after ReLU, of those that have par
 set as its first author's public code has it, or is a setting:
 
     extractor  his convolutional network up to its last two layers: convolutions of 64 (8 × 8) and 128 channels (6 × 6),
-               stride 2, then linear layers of 50 (28 × 28 images), or of 1024 and 1024 (CIFAR)
+               stride 2, then linear layers of 50 (28 × 28 images), or of 1024 and 1024 (CIFAR); none, the second
+               baseline, gives gate and experts the pixels
     experts    the last two layers, F-512-C; the gate is F-512-M
     weights    Kaiming-normal, output layers Xavier-uniform, each expert's drawn by itself
     T          annealed, 1 / (1 + epoch)^0.55; fixed; or learned, T ← T − 0.1 ∂loss/∂T once a training forward pass
@@ -57,8 +58,8 @@ class Extractor(NamedTuple):
     convs: tuple[ExtractorConv, ...]
     linear: tuple[int, ...]
 
-    def features(self, image_size: int) -> int:
-        """Features that the convolutions leave of an image.
+    def features(self, channels: int, image_size: int) -> int:
+        """Features that the convolutions leave of an image; its pixels where there are none.
 
         Raises:
             ValueError: if nothing is left.
@@ -67,8 +68,8 @@ class Extractor(NamedTuple):
         for conv in self.convs:
             if size + 2 < conv.kernel:
                 raise ValueError(f"image_size {image_size} is too small for the extractor: nothing is left of it")
-            size = (size + 2 - conv.kernel) // 2 + 1
-        return self.convs[-1].channels * size**2
+            size, channels = (size + 2 - conv.kernel) // 2 + 1, conv.channels
+        return channels * size**2
 
 
 _AGARAP = (ExtractorConv(64, 8), ExtractorConv(128, 6))
@@ -76,6 +77,7 @@ EXTRACTORS = {
     "mnist": Extractor(_AGARAP, (50,)),
     "cifar": Extractor(_AGARAP, (1024, 1024)),
     "digits": Extractor((ExtractorConv(32, 3), ExtractorConv(64, 3)), (50,)),  # not published: for 8 x 8 pixels
+    "none": Extractor((), ()),
 }
 
 
@@ -89,7 +91,9 @@ class SNNLMoEConfig(VisionConfig):
 
     model_type = "s2moe_snnl_moe"
 
-    extractor: str = option("mnist", "feature extractor, by the images it is for", choices=tuple(EXTRACTORS))
+    extractor: str = option(
+        "mnist", "feature extractor, by the images it is for; none: pixels", choices=tuple(EXTRACTORS)
+    )
     num_experts: int = option(5, "experts")
     hidden: int = option(512, "hidden width of experts and gate")
     mix: str = option(
@@ -119,7 +123,9 @@ class SNNLMoEConfig(VisionConfig):
         check_at_least(self, 2, "num_experts")
         check_at_least(self, LOWEST_TEMPERATURE, "initial_temperature")
         check_at_least(self, 0, "temperature_rate")
-        EXTRACTORS[self.extractor].features(self.image_size)  # raises where nothing would be left
+        EXTRACTORS[self.extractor].features(self.num_channels, self.image_size)  # raises where nothing would be left
+        if self.extractor == "none" and self.snnl_loss:
+            raise ValueError("snnl_loss: extractor=none has no layers that it could condition: set it to 0")
         super().__post_init__(**kwargs)
 
 
@@ -158,17 +164,17 @@ class FeatureExtractor(nn.Module):
     def __init__(self, extractor: Extractor, channels: int, image_size: int) -> None:
         super().__init__()
         self.convs, self.linear = nn.ModuleList(), nn.ModuleList()
+        self.features = extractor.features(channels, image_size)
         for index, conv in enumerate(extractor.convs):
             shape, name = (channels, conv.channels), f"extractor/conv{index}"
             self.convs.append(StackedConv(1, shape, conv.kernel, 1, True, name, stride=2, fill=kaiming_normal))
             channels = conv.channels
-        features = extractor.features(image_size)
         for index, width in enumerate(extractor.linear):
-            self.linear.append(StackedLinear(1, (features, width), f"extractor/fc{index}", fill=kaiming_normal))
-            features = width
+            self.linear.append(StackedLinear(1, (self.features, width), f"extractor/fc{index}", fill=kaiming_normal))
+            self.features = width
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """Every layer's output after ReLU, flattened [B, ..]; the last one is F."""
+        """Every layer's output after ReLU, flattened [B, ..]; the last one is F, without layers the pixels."""
         layers, value = [], image
         for conv in self.convs:
             assert isinstance(conv, StackedConv)
@@ -179,7 +185,7 @@ class FeatureExtractor(nn.Module):
             assert isinstance(linear, StackedLinear)
             value = F.relu(linear.one(value, 0))
             layers.append(value)
-        return layers
+        return layers or [value]
 
 
 class StackedMLPs(nn.Module):
@@ -205,7 +211,7 @@ class SNNLMoEModel(VisionModel):
         super().__init__(config)
         extractor = EXTRACTORS[config.extractor]
         self.extractor = FeatureExtractor(extractor, config.num_channels, config.image_size)
-        features = extractor.linear[-1]
+        features = self.extractor.features
         self.gate = StackedMLPs(1, (features, config.hidden, config.num_experts), "gate")
         self.experts = StackedMLPs(config.num_experts, (features, config.hidden, config.num_classes), "experts")
         self.temperature = Temperature(config.temperature, config.initial_temperature, config.temperature_rate)

@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from s2moe.config import ConfigError, load
 from s2moe.config.vision import VisionRunConfig
-from s2moe.data.images import ImageSet, ImageSplit, batches_in_order
+from s2moe.data.images import ImageSet, batches_in_order
 from s2moe.data.images.corruption import IMAGE_CORRUPTIONS, SEVERITIES, corrupted
 from s2moe.metrics.specialisation import OutputProducts, ese_class, ese_of_bits, pes_activation, pes_weights
 from s2moe.models.vision import VAEModel, VisionModel, VMoEForImageClassification
@@ -267,9 +266,7 @@ def drawn(images: ImageSet, samples: int) -> ImageSet:
     """The set with so many of its test images, drawn by chance, since some sets come class by class."""
     if samples >= len(images.test):
         return images
-    place = np.sort(np.random.default_rng(0).permutation(len(images.test))[:samples])
-    test = ImageSplit(images.test.images[place], images.test.labels[place])
-    return dataclasses.replace(images, name=f"{images.name}, {samples:,} test images", test=test)
+    return dataclasses.replace(images, name=f"{images.name}, {samples:,} test images", test=images.test.drawn(samples))
 
 
 class Passes:

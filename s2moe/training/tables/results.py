@@ -56,20 +56,40 @@ def is_finished(stage: Stage) -> bool:
 
 
 def read_run(stage: Stage) -> Run:
-    """The figures of a finished run; beside those of its evaluation the last training error and the seconds."""
+    """The figures of a finished run: those of its evaluation, training error and loss over about the last epoch, the
+    seconds, and the test error of the stage that it began with (`error_of_stage_before`)."""
     directory = stage.config.directory
     evaluation = read_evaluation(directory)
     figures = dict(evaluation["figures"])
     training = [event for event in metrics_log.read(directory / "metrics.jsonl") if "train/loss" in event]
     for name in ("error", "task_loss"):
         if f"train/{name}" in training[-1]:
-            figures[f"train_{name}"] = training[-1][f"train/{name}"]
+            figures[f"train_{name}"] = over_last_epoch(training, f"train/{name}")
     if "h_s" in figures:
         figures |= ese_of_bits(figures["h_s"], len(evaluation["selection"]))
+    if "h_s_before" in figures:
+        before = ese_of_bits(figures["h_s_before"], len(evaluation["selection"]))
+        figures |= {f"{name}_before": value for name, value in before.items()}
+    weights = stage.config.init.weights
+    if weights is not None and (Path(weights) / EVALUATION_FILE).is_file():
+        earlier = read_evaluation(Path(weights))["figures"]
+        if "error" in earlier:
+            figures["error_of_stage_before"] = earlier["error"]
     if "error" in figures:
         figures["accuracy"] = 1 - figures["error"]
     figures["seconds"] = training[-1]["seconds"]
     return Run(stage.row, stage.seed, figures, evaluation)
+
+
+def over_last_epoch(events: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Mean over the steps of the log events that end in the last epoch; each is the mean since the event before it."""
+    starts = [0, *(event["step"] for event in events[:-1])]
+    last = [
+        (event["step"] - start, event[name])
+        for start, event in zip(starts, events, strict=True)
+        if name in event and event["epoch"] > events[-1]["epoch"] - 1
+    ]
+    return sum(steps * value for steps, value in last) / sum(steps for steps, _ in last)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -165,25 +185,40 @@ def _orders(table: Table, by_row: Mapping[str, Sequence[Run]]) -> list[str]:
         lower, higher = table.row(order.lower), table.row(order.higher)
         ours = [numbers(by_row[row.name], table.figures) for row in (lower, higher)]
         cells = [
-            f"{order.claim}: {table.figures.get(order.figure, order.figure)} of {lower.label} < {higher.label}",
+            f"{order.claim}: {_compared(table, order)}",
             _holds(order, lower.published, higher.published),
             _holds(order, lower.corrected, higher.corrected),
             _holds(order, *ours),
-            *paired(by_row[order.lower], by_row[order.higher], order.figure),
+            *paired(by_row[order.lower], by_row[order.higher], order.figure, order.higher_figure),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
+def _compared(table: Table, order: Order) -> str:
+    lower, higher = table.row(order.lower).label, table.row(order.higher).label
+    name = table.figures.get(order.figure, order.figure)
+    if order.higher_figure == order.figure:
+        return f"{name} of {lower} < {higher}"
+    return f"{name} of {lower} < {table.figures.get(order.higher_figure, order.higher_figure)} of {higher}"
+
+
 def _holds(order: Order, lower: Numbers, higher: Numbers) -> str:
-    if order.figure not in lower or order.figure not in higher:
+    if order.figure not in lower or order.higher_figure not in higher:
         return ""
-    return "yes" if lower[order.figure][0] < higher[order.figure][0] else "no"
+    return "yes" if lower[order.figure][0] < higher[order.higher_figure][0] else "no"
 
 
-def paired(first: Sequence[Run], second: Sequence[Run], figure: str) -> tuple[str, str, str]:
-    """Mean difference ± deviation over common seeds, and the p-values of the paired t-test and Wilcoxon's test."""
-    other = {run.seed: run.figures[figure] for run in second if figure in run.figures}
+def paired(
+    first: Sequence[Run], second: Sequence[Run], figure: str, second_figure: str | None = None
+) -> tuple[str, str, str]:
+    """Mean difference ± deviation over common seeds, and the p-values of the paired t-test and Wilcoxon's test.
+
+    Args:
+        second_figure: of the second runs, where it is another one.
+    """
+    name = second_figure or figure
+    other = {run.seed: run.figures[name] for run in second if name in run.figures}
     differences = [
         other[run.seed] - run.figures[figure] for run in first if figure in run.figures and run.seed in other
     ]

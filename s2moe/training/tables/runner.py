@@ -39,7 +39,7 @@ def run_table(
     """Make the table called `name` in `output`/`name`, and return that directory.
 
     Args:
-        runs: seeds of each row; None: as many as published.
+        runs: of each row, or as many as it has; None: as many as published.
         jobs: runs at a time.
         rows: of the table; None: all.
         epochs: of every stage, instead of the published number.
@@ -174,13 +174,15 @@ def how(table: Table, runs: int, epochs: float | None, overrides: Sequence[str],
     sets = sorted({stage.config.data.name for stage in stages})
     length = "the published number of epochs" if epochs is None else f"{epochs:g} epochs a stage"
     changes = f", {' '.join(overrides)}" if overrides else ""
-    return f"{runs} runs a row (the table's own: {table.runs}), {length}, on {', '.join(sets)}{changes}."
+    fewer = sum(row.runs is not None and row.runs < runs for row in table.rows)
+    least = f", fewer of {fewer} rows" if fewer else ""
+    return f"{runs} runs a row (the table's own: {table.runs}){least}, {length}, on {', '.join(sets)}{changes}."
 
 
 def first_runs(finished: Sequence[Stage]) -> dict[str, Stage]:
-    """The finished run of each row that has the first seed."""
+    """The first finished run of each row, in the order in which the table plans them."""
     found: dict[str, Stage] = {}
-    for stage in sorted(finished, key=lambda stage: stage.seed):
+    for stage in finished:
         found.setdefault(stage.row, stage)
     return found
 

@@ -1,12 +1,14 @@
 """What a table is made of: rows of runs in stages, and what was published, from `configs/vision/tables/<name>.yaml`.
 
     title: what the table shows
-    runs: 10                        seeds 1 to 10 for every row
+    runs: 10                        for every row, with seeds 1 to 10
+    seeds: [42, 1234]               instead of 1, 2, ..., where seeds were published; as many as runs
     figures: {error: test error}    what is tabulated, of evaluation.json, and its name
     base: {data: {name: mnist}}     settings of every stage of every row
     rows:
       vanilla:
         label: vanilla MoE
+        runs: 3                     at most so many of this row, instead of the table's
         stages: [{}]                settings of each stage, on top of base
         published: {error: [.038, .009]}      mean and deviation as printed
         corrected: {error: [.0443, .0085]}    those of all runs of the one configuration
@@ -17,7 +19,7 @@
       - {claim: "attentive gating is sharper", figure: h_s, lower: attentive, higher: vanilla}
     details: true                   a report on the first run of each row (training/details)
 
-A stage may have `by_seed`, a list of settings that seeds take in turn. A stage after another one begins with its
+A stage may have `by_seed`, a list of settings that runs take in turn. A stage after another one begins with its
 weights. Every key is checked before anything is trained.
 """
 
@@ -37,9 +39,9 @@ from s2moe.config.vision import VisionRunConfig
 from s2moe.options import deep_merge, nearest
 
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "vision" / "tables"
-ROW_KEYS = ("label", "after", "base", "stages", "published", "corrected", "note")
+ROW_KEYS = ("label", "runs", "after", "base", "stages", "published", "corrected", "note")
 BY_SEED = "by_seed"
-TABLE_KEYS = ("title", "runs", "figures", "base", "rows", "orders", "note", "boxes", "details")
+TABLE_KEYS = ("title", "runs", "seeds", "figures", "base", "rows", "orders", "note", "boxes", "details")
 
 Numbers = dict[str, tuple[float, float | None]]  # mean and deviation by figure
 
@@ -50,21 +52,27 @@ class Row:
 
     name: str
     label: str
-    stages: tuple[tuple[dict[str, Any], ...], ...]  # of each stage the settings that seeds take in turn
+    stages: tuple[tuple[dict[str, Any], ...], ...]  # of each stage the settings that runs take in turn
     after: str | None = None
     published: Numbers = field(default_factory=dict)
     corrected: Numbers = field(default_factory=dict)
     note: str = ""
+    runs: int | None = None  # at most so many; None: as many as the table's other rows
 
 
 @dataclass(frozen=True)
 class Order:
-    """A claim: row `lower` has a lower mean of a figure than row `higher`."""
+    """A claim: row `lower` has a lower mean of a figure than row `higher` (of `figure_of_higher`, where given)."""
 
     claim: str
     figure: str
     lower: str
     higher: str
+    figure_of_higher: str | None = None
+
+    @property
+    def higher_figure(self) -> str:
+        return self.figure_of_higher or self.figure
 
 
 @dataclass(frozen=True)
@@ -80,10 +88,23 @@ class Table:
     boxes: tuple[str, ...] = ()  # figures that are drawn over seeds
     note: str = ""
     details: bool = False  # whether the first run of each row gets a report of its own
+    seeds: tuple[int, ...] = ()  # of the first run, the second, ...; empty: 1, 2, ...
 
     def row(self, name: str) -> Row:
         """The row called `name`."""
         return next(row for row in self.rows if row.name == name)
+
+    def seeds_of(self, runs: int) -> tuple[int, ...]:
+        """The seeds of so many runs.
+
+        Raises:
+            ConfigError: the table lists fewer.
+        """
+        if not self.seeds:
+            return tuple(range(1, runs + 1))
+        if runs > len(self.seeds):
+            raise ConfigError(f"--runs: table {self.name} lists {len(self.seeds)} seeds, which is fewer than {runs}")
+        return self.seeds[:runs]
 
     def chosen(self, names: Sequence[str] | None) -> Table:
         """The table with these rows, and those that they come after.
@@ -131,9 +152,20 @@ def read_table(name: str) -> Table:
     base = tree.get("base") or {}
     rows = [_row(key, row, base, f"table {name}: rows.{key}") for key, row in tree["rows"].items()]
     known = [row.name for row in rows]
+    runs = _count(tree.get("runs", 1), f"table {name}: runs")
     for place, row in enumerate(rows):
-        if row.after is not None and row.after not in known[:place]:
+        if row.after is None:
+            continue
+        if row.after not in known[:place]:
             raise ConfigError(f"table {name}: rows.{row.name}.after: {row.after!r} is no row above it")
+        most = rows[known.index(row.after)].runs
+        if most is not None and (row.runs is None or row.runs > most):
+            raise ConfigError(f"table {name}: rows.{row.name}.runs: must be at most the {most} of row {row.after}")
+    seeds = tuple(tree.get("seeds") or ())
+    if not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"table {name}: seeds: must be different whole numbers, not negative: {list(seeds)}")
+    if seeds and len(seeds) < runs:
+        raise ConfigError(f"table {name}: seeds: must be at least as many as its {runs} runs, not {len(seeds)}")
     orders = tuple(Order(**order) for order in tree.get("orders") or ())
     for order in orders:
         for row_name in (order.lower, order.higher):
@@ -142,13 +174,14 @@ def read_table(name: str) -> Table:
     return Table(
         Path(name).stem,
         tree["title"],
-        tree.get("runs", 1),
+        runs,
         tree["figures"],
         tuple(rows),
         orders,
         tuple(tree.get("boxes") or ()),
         tree.get("note", ""),
         bool(tree.get("details", False)),
+        seeds,
     )
 
 
@@ -182,7 +215,14 @@ def _row(name: str, tree: Mapping[str, Any], base: Mapping[str, Any], where: str
         _numbers(tree.get("published")),
         _numbers(tree.get("corrected")),
         tree.get("note", ""),
+        None if tree.get("runs") is None else _count(tree["runs"], f"{where}.runs"),
     )
+
+
+def _count(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{where}: must be a whole number from 1, got {value!r}")
+    return value
 
 
 def _numbers(tree: Mapping[str, Any] | None) -> Numbers:
@@ -224,8 +264,11 @@ def plan_runs(
 ) -> list[list[Stage]]:
     """The runs of a table, in chains of which each run begins with the one before: seed by seed, row by row.
 
+    Args:
+        runs: of each row; rows that are made for fewer get those.
+
     Raises:
-        ConfigError: a setting is impossible, or one of those that the table itself decides.
+        ConfigError: a setting is impossible, or one of those that the table itself decides; more runs than seeds.
     """
     section = dataclass_section(VisionRunConfig)
     given: dict[str, Any] = {}
@@ -239,13 +282,13 @@ def plan_runs(
     if source is not None:
         given = deep_merge(given, {"data": {"source": source}})
     chains: dict[tuple[int, str], list[Stage]] = {}
-    for seed in range(1, runs + 1):
-        for row in table.rows:
+    for turn, seed in enumerate(table.seeds_of(runs)):
+        for row in (row for row in table.rows if row.runs is None or turn < row.runs):
             before = chains[seed, row.after][-1].config.directory if row.after is not None else None
             stages: list[Stage] = []
             for number, settings in enumerate(row.stages, start=1):
                 place = {"name": f"stage{number}", "output_dir": str(directory / "runs" / row.name / f"seed{seed}")}
-                tree = deep_merge(deep_merge(settings[(seed - 1) % len(settings)], given), {**place, "seed": seed})
+                tree = deep_merge(deep_merge(settings[turn % len(settings)], given), {**place, "seed": seed})
                 if before is not None:
                     tree = deep_merge(tree, {"init": {"weights": str(before)}})
                 config = build_section(section, tree)

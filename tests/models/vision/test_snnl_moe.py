@@ -191,6 +191,22 @@ def test_baseline_has_the_same_extractor_and_no_snnl() -> None:
     assert baseline.eval()(pixels, labels).figures["snnl"].item() > 0
 
 
+def test_baseline_on_pixels_is_experts_and_gate_alone() -> None:
+    torch.manual_seed(0)
+    model = SNNLMoEModel(SNNLMoEConfig(extractor="none", num_channels=2, image_size=5, snnl_loss=0.0)).double()
+    assert not list(model.extractor.parameters())
+    assert (model.gate.fc.weight.shape, model.experts.fc.weight.shape) == ((1, 512, 50), (5, 512, 50))
+    pixels, labels = batch(model)
+
+    def head(stacked: Any, index: int) -> Tensor:
+        hidden = F.relu(F.linear(pixels.flatten(1), stacked.fc.weight[index], stacked.fc.bias[index]))
+        return F.linear(hidden, stacked.out.weight[index], stacked.out.bias[index])
+
+    gate = head(model.gate, 0).softmax(-1)
+    mixed = sum(gate[:, i : i + 1] * head(model.experts, i) for i in range(5))
+    torch.testing.assert_close(model(pixels, labels).loss, F.cross_entropy(mixed, labels))
+
+
 def test_initial_weights() -> None:
     model = build("mnist", num_experts=3)
     assert model.extractor.convs[1].weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 36)), rel=0.02)
@@ -237,6 +253,7 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
         ({"num_experts": 1}, "num_experts: must be at least 2"),
         ({"initial_temperature": 0.0}, "initial_temperature: must be at least"),
         ({"image_size": 8}, "image_size 8 is too small"),
+        ({"extractor": "none"}, "snnl_loss: extractor=none has no layers that it could condition"),
     ],
 )
 def test_impossible_values_are_refused(fields: dict[str, Any], message: str) -> None:
