@@ -74,7 +74,7 @@ def check_version() -> None:
 def init_distributed(backend: str, timeout: timedelta) -> None:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-    ``timeout`` is for the others to join, and for each collective.
+    ``timeout`` is for the others to join, and for each collective, unless ``set_timeout`` says otherwise afterwards.
     """
     check_version()
     # A shared-memory all-reduce for inference on the CPU: otherwise compiled, for a minute, on the first start.
@@ -82,6 +82,12 @@ def init_distributed(backend: str, timeout: timedelta) -> None:
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=True, timeout=timeout
     )
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Set how long each collective of the joined process group, and each question to its store, may take."""
+    dist.distributed_c10d._set_pg_timeout(timeout)
+    dist.distributed_c10d._get_default_store().set_timeout(timeout)
 
 
 class CheckpointFileError(RuntimeError):

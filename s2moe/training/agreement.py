@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from .checkpoint import TrainingState
 from .processes import Processes
 
 NAMED = 5  # differences, or processes, that a message names at most
+UNTOUCHED = ("logging.", "checkpoint.", "profile.")  # settings that what is trained does not depend on
 ALIKE = ("world_size", "corpus", "tokenizer", "versions", "config")  # of the state, on all processes
 
 
@@ -64,6 +66,24 @@ def require_same_settings(state: TrainingState, processes: Processes) -> None:
                 f"was started otherwise than rank 0: {'; '.join(changes)}. "
                 "Start all processes with the same command, code, data and environment"
             )
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """For the user: in what the settings of a run that goes on differ from those of its checkpoint; empty if nowhere.
+
+    Args:
+        before: as a checkpoint's manifest has them.
+    """
+    old, new = _flat(before), _flat(json.loads(json.dumps(now)))
+    return ", ".join(
+        f"{name} {_shown(old, name)} -> {_shown(new, name)}"
+        for name in sorted({*old, *new})
+        if not name.startswith(UNTOUCHED) and (name in old, old.get(name)) != (name in new, new.get(name))
+    )
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    return json.dumps(settings[name]) if name in settings else "(none)"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -66,15 +66,30 @@ def start_processes(timeout_minutes: float = 30.0) -> Processes:
             on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_machine))
     try:
-        deepspeed_compat.init_distributed("nccl" if on_gpu else "gloo", timedelta(minutes=1.5 * timeout_minutes))
+        deepspeed_compat.init_distributed("nccl" if on_gpu else "gloo", timedelta(minutes=timeout_minutes))
+        deepspeed_compat.set_timeout(timedelta(minutes=1.5 * timeout_minutes))
     except dist.DistError as error:  # a store that nobody answers at, or too few joined
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise LostProcessError(
-            f"the {world_size} processes did not all meet at {address} (MASTER_ADDR, MASTER_PORT) in time: "
-            f"{' '.join(str(error).split())[:300]}. Look at the output of those that are missing, or whether a "
-            "firewall is between them"
+            f"the {world_size} processes did not all meet at {address} (MASTER_ADDR, MASTER_PORT) within "
+            f"{timeout_minutes:g} minutes (training.timeout_minutes){missing_processes(str(error))}: "
+            f"{' '.join(str(error).split())[:300]}. Those that do not say this are missing: look at their output, or "
+            "whether a firewall is between them"
         ) from error
     return Processes(rank, local_rank, world_size, device)
+
+
+def missing_processes(error: str) -> str:
+    """How many processes did not join, where torch's error tells; it never tells which.
+
+    Only the first process, which keeps the store, is told. Another one that cannot reach it misses the first.
+    """
+    if match := re.search(r"(\d+)/(\d+) clients joined", error):
+        joined, expected = map(int, match.groups())
+        return f", {expected - joined} of {expected} are missing"
+    if "client socket" in error or "timed out while trying to connect" in error:
+        return ", rank 0 does not answer there"
+    return ""
 
 
 def gpu_of(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:

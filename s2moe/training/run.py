@@ -16,7 +16,7 @@ from s2moe.data import CorpusError
 
 from . import checkpoint as checkpoints
 from . import metrics_log
-from .agreement import require_same_settings, together
+from .agreement import changed_settings, require_same_settings, together
 from .checkpoint import Checkpoint, TrainingState, shape_of, shape_text
 from .errors import ProcessError
 from .export import HF_DIRECTORY
@@ -29,6 +29,7 @@ from .probe_files import PROBES, remove_after
 from .processes import Processes
 from .replicas import require_equal_replicas
 from .reshape import in_shape_of
+from .run_lock import locked
 from .run_log import RunLog
 from .timing import Timing
 from .timing_table import timing_table
@@ -67,7 +68,8 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
     """Train what `open_job` opens, continuing from the newest complete checkpoint if there is one. Collective.
 
     Raises:
-        ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run.
+        ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run, another start of it
+            goes on, or a process does not see its directory.
         TrainingError: the loss is not finite, a checkpoint cannot be written, processes have diverged.
         LostProcessError: another process is gone.
     """
@@ -78,7 +80,9 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
                 raise ConfigError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
             job = open_job()
         watchdog.state = job.state
-        result = _train(job, processes, watchdog)
+        require_same_settings(job.state, processes)
+        with locked(job.config.directory, processes):
+            result = _train(job, processes, watchdog)
     if result.finished and processes.is_main:
         draw_run(result.directory)  # nobody waits for it
     return result
@@ -86,8 +90,6 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
 
 def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     config, state = job.config, job.state
-    require_same_settings(state, processes)
-
     directory = config.directory
     with watchdog.phase("reading the checkpoint"):
         latest = prepare_directory(config, state, processes, watchdog.move)
@@ -106,9 +108,14 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     if latest is not None:
         changes = changes_of_shape(config, latest.state, state, job.sample)
         log.say(f"continuing from {latest.path}, step {state.step}{changes}")
+        if changed := changed_settings(latest.state.config, state.config):
+            log.say(f"settings changed since that checkpoint: {changed}")
 
     if initial is not None:
         log.say(initial.description)
+    if latest is None:
+        with watchdog.phase("the first evaluation"):
+            job.begin(engine)
     timing = Timing(config, engine.module, processes, directory, log.say)
     saver = checkpoints.Saver(engine, directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
     scores: dict[int, Any] = {}
@@ -254,16 +261,21 @@ def _prepare(config: RunConfig | VisionRunConfig, state: TrainingState, latest: 
 def changes_of_shape(
     config: RunConfig | VisionRunConfig, before: TrainingState, now: TrainingState, sample: str = "sequences"
 ) -> str:
-    """For the user: that the run goes on in another shape, and whether that can be seen in its losses."""
-    if shape_of(before) == shape_of(now):
-        return ""
-    text = f"; it was written with {shape_text(before)}, and goes on with {shape_text(now)}"
-    then = before.config["training"]
-    was = then["micro_batch"] or then["global_batch"] * then.get("sequence_parallel", 1) // before.world_size
+    """For the user: that the run goes on in another shape, and whether that can be seen in its losses.
+
+    Another division into micro-batches or parts of sequences can, in the same shape too.
+    """
+    text = ""
+    if shape_of(before) != shape_of(now):
+        text = f"; it was written with {shape_text(before)}, and goes on with {shape_text(now)}"
+    then, training = before.config["training"], now.config["training"]
+    parts, parts_now = then.get("sequence_parallel", 1), training.get("sequence_parallel", 1)
+    was = then["micro_batch"] or then["global_batch"] * parts // before.world_size
     is_now = config.micro_batch(now.world_size)
-    if was != is_now:
-        text += (
-            f". Micro-batches of {is_now} {sample} instead of {was}: dropout and noise are drawn otherwise than "
-            f"they would have been, which training.micro_batch={was} avoids"
-        )
+    otherwise = "dropout and noise are drawn otherwise than they would have been, which"
+    if parts != parts_now:
+        text += f". Sequences in {parts_now} parts instead of {parts}: {otherwise} training.sequence_parallel={parts} "
+        text += f"with training.micro_batch={was} avoids" if was != is_now else "avoids"
+    elif was != is_now:
+        text += f". Micro-batches of {is_now} {sample} instead of {was}: {otherwise} training.micro_batch={was} avoids"
     return text

@@ -82,6 +82,20 @@ def train(config_path: str, overrides: list[str], poison: tuple[int, int, str] |
     }
 
 
+def train_saying(config_path: str, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """``train``, and what it told the person at the console."""
+    from s2moe.training.run_log import RunLog
+
+    say, said = RunLog.say, list[str]()
+
+    def noted(self: RunLog, text: str) -> None:
+        said.append(text)
+        say(self, text)
+
+    RunLog.say = noted  # type: ignore[method-assign]
+    return train(config_path, overrides), said
+
+
 def _fill_disk(file: int) -> None:
     """The disk is full from this rank's `file`-th checkpoint file on (from 1)."""
     write, files = torch.save, 0

@@ -167,6 +167,27 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_one(tmp_path: Path, monkeyp
     assert names(tmp_path) == ["step-00000001"]
 
 
+@pytest.mark.parametrize("lag", [3, 10**9])
+def test_files_that_show_late_are_waited_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
+    save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
+    size, looks = checkpoint._size, 0
+
+    def late(path: Path) -> int | None:
+        nonlocal looks
+        looks += 1
+        found = size(path)
+        return found if looks > lag or found is None else found - 1
+
+    monkeypatch.setattr(checkpoint, "_size", late)
+    monkeypatch.setattr(checkpoint, "SEEN_SECONDS", 60.0 if lag == 3 else 0.3)
+    if lag == 3:
+        verify(open_checkpoint(save(FakeEngine(), tmp_path, TrainingState(step=2), keep=1)))
+        return
+    with pytest.raises(TrainingError, match=r"rank 0 on .* does not find in .*\.tmp-step-2: b\.pt of rank 0 on "):
+        save(FakeEngine(), tmp_path, TrainingState(step=2), keep=1)
+    assert names(tmp_path) == ["step-00000001"]
+
+
 def test_no_directory_no_checkpoint(tmp_path: Path) -> None:
     assert find_latest(tmp_path / "absent") is None
 

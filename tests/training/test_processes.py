@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from launcher.common import user_errors
 from s2moe.config import ConfigError
 from s2moe.training.errors import ProcessError
-from s2moe.training.processes import describe_process, first_host, gpu_of, tasks_of_node
+from s2moe.training.processes import (
+    _free_port,
+    describe_process,
+    first_host,
+    gpu_of,
+    start_processes,
+    tasks_of_node,
+)
+from tests.distributed_harness import RANK_ENVIRONMENT, run_distributed
 
 
 def test_one_process_under_plain_python() -> None:
@@ -88,6 +101,38 @@ def test_gpu_of_a_process() -> None:
         gpu_of(2, 1, {})
     with pytest.raises(ProcessError, match="process 2 of this machine has no GPU"):
         gpu_of(2, 2, {"SLURM_LOCALID": "2"})
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_does_not_come_is_waited_for_no_longer_than_the_timeout(rank: int) -> None:
+    """Alone of three, by the first one or another; in a process of its own, with its own torch."""
+    command = (
+        "from s2moe.training.processes import start_processes\n"
+        "from s2moe.training.errors import LostProcessError\n"
+        "try: start_processes(0.05)\n"
+        "except LostProcessError as error: print(error)\n"
+    )
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    environment = os.environ | RANK_ENVIRONMENT | {name: str(value) for name, value in place.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    missing = "2 of 3 are missing" if rank == 0 else "rank 0 does not answer there"
+    assert f"within 0.05 minutes (training.timeout_minutes), {missing}: " in done.stdout
+    assert re.search("imed out after (3000ms|[34] seconds)", done.stdout)  # as torch says it, which rounds
+
+
+def test_collectives_have_half_as_much_again_as_joining() -> None:
+    assert run_distributed(timeouts, 2, 4.0) == [(360.0, 360.0)] * 2
+
+
+def timeouts(minutes: float) -> tuple[float, float]:
+    """Of the store and of a collective, in seconds."""
+    start_processes(minutes)
+    group = dist.distributed_c10d._get_default_group()
+    store = dist.distributed_c10d._get_default_store()
+    backend = group._get_backend(torch.device("cpu"))
+    return store.timeout.total_seconds(), backend.options._timeout.total_seconds()
 
 
 def test_an_error_of_one_process_is_printed_by_that_process(

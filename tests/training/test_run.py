@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ from transformers import AutoModelForCausalLM
 
 from s2moe.config import load, to_dict
 from s2moe.config.run import RunConfig
-from s2moe.training.checkpoint import find_latest
+from s2moe.training.agreement import changed_settings
+from s2moe.training.checkpoint import TrainingState, find_latest
 from s2moe.training.evaluation import Score
 from s2moe.training.metrics_log import read
 from s2moe.training.report import report
-from s2moe.training.run import Result
+from s2moe.training.run import Result, changes_of_shape
 from s2moe.training.weights import Weights, find_weights, load_weights
 from tests.distributed_harness import run_distributed
 from tests.run_logs import reproducible_events
 
 from .jobs import DISK, GRADIENT, tiny_run
 
-TRAIN = "tests.training.jobs:train"
+TRAIN, SAYING = "tests.training.jobs:train", "tests.training.jobs:train_saying"
 
 
 def run(directory: Path, *overrides: str, ranks: int = 1, poison: Any = None) -> dict[str, Any]:
@@ -218,6 +220,66 @@ def test_changed_weight_decay_counts_after_resuming(finished: Path, stage: int) 
         sums[name] = {key: float(value.abs().sum()) for key, value in weights(finished, f"{name}{stage}").items()}
     assert sums["decayed"]["lm_head.weight"] < 0.9 * sums["same"]["lm_head.weight"]
     assert sums["decayed"]["model.norm.weight"] > 0.9 * sums["same"]["model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, {}, ""),
+        ({}, {"micro_batch": 4}, ""),  # what it was anyhow
+        (
+            {"micro_batch": 2},
+            {},
+            ". Micro-batches of 4 sequences instead of 2: dropout and noise are drawn otherwise than they would have "
+            "been, which training.micro_batch=2 avoids",
+        ),
+        (
+            {"micro_batch": 2},
+            {"micro_batch": 2, "sequence_parallel": 2},
+            ". Sequences in 2 parts instead of 1: dropout and noise are drawn otherwise than they would have been, "
+            "which training.sequence_parallel=1 avoids",
+        ),
+        (
+            {},
+            {"sequence_parallel": 2},
+            ". Sequences in 2 parts instead of 1: dropout and noise are drawn otherwise than they would have been, "
+            "which training.sequence_parallel=1 with training.micro_batch=4 avoids",
+        ),
+    ],
+)
+def test_noise_drawn_otherwise_is_said_in_the_same_shape_too(
+    finished: Path, before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    path, common = tiny_run(finished)
+    batches = [{"global_batch": 8, "micro_batch": None, "sequence_parallel": 1, **values} for values in (before, now)]
+    states, config = [], None
+    for values in batches:
+        words = [f"training.{key}={'null' if value is None else value}" for key, value in values.items()]
+        config = load(RunConfig, path, [*common, "name=noise", "model.moe.method=smoe", *words])
+        states.append(TrainingState(world_size=2, config=to_dict(config)))
+    assert config is not None
+    assert changes_of_shape(config, *states) == said
+    other = changes_of_shape(config, replace(states[0], expert_parallel=2), states[1])
+    assert other.startswith("; it was written with 2 processes, training.expert_parallel=2, ")
+    assert other.endswith(said)
+
+
+def test_changed_settings_are_said_when_a_run_goes_on(finished: Path) -> None:
+    changed = ["training.steps=7", "optimizer.lr=0.02", "checkpoint.keep=5", "logging.every=2"]
+    path, common = tiny_run(finished)
+    for name, overrides in (("first", []), ("second", changed), ("third", changed)):
+        answer, said = run_distributed(SAYING, 1, path, [*common, "name=changed", *overrides])[0]
+        assert answer["finished"], answer
+        lines = [line for line in said if "settings changed" in line]
+        expected = "settings changed since that checkpoint: optimizer.lr 0.01 -> 0.02, training.steps 6 -> 7"
+        assert lines == ([expected] if name == "second" else [])
+
+
+def test_changed_settings() -> None:
+    before = {"model": {"size": 2, "sizes": [1, 2]}, "old": None, "logging": {"every": 1}}
+    now = {"model": {"size": None, "sizes": (1, 2)}, "new": {"every": 3}, "logging": {"every": 2}}
+    assert changed_settings(before, now) == "model.size 2 -> null, new.every (none) -> 3, old null -> (none)"
+    assert changed_settings(before, before) == ""
 
 
 def test_fewer_steps_than_done_are_refused(finished: Path) -> None:
