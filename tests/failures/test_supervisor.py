@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -189,14 +190,19 @@ def test_a_signal_in_the_pause_before_a_restart_ends_the_run(
     assert len(attempts(tmp_path)) == 1
 
 
+def to_this_thread(number: signal.Signals) -> None:
+    """As if this process had no other thread, which a supervisor has not and the tests' own process may have."""
+    signal.pthread_kill(threading.get_ident(), number)
+
+
 def test_a_signal_before_anything_was_started_starts_nothing(tmp_path: Path) -> None:
     def devices() -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        to_this_thread(signal.SIGUSR1)
 
     assert supervise(tmp_path, {}, devices=devices) == 75
     assert not (tmp_path / "attempts-0").exists()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    os.kill(os.getpid(), signal.SIGTERM)  # as during the launcher's imports
+    to_this_thread(signal.SIGTERM)  # as during the launcher's imports
     assert supervise(tmp_path, {}) == 75
     assert not (tmp_path / "attempts-0").exists()
 
@@ -207,7 +213,7 @@ def test_a_signal_while_processes_are_started_reaches_all(tmp_path: Path, monkey
     def popen(*arguments: Any, **options: Any) -> Any:
         process = real(*arguments, **options)
         if options["env"]["RANK"] == "0":
-            os.kill(os.getpid(), signal.SIGUSR1)
+            to_this_thread(signal.SIGUSR1)
         return process
 
     monkeypatch.setattr(subprocess, "Popen", popen)
