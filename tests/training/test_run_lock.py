@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def holder(tmp_path: Path) -> Iterator[BaseProcess]:
     process.join()
 
 
+def live_on(started: Event) -> None:
+    started.set()
+    time.sleep(120)
+
+
 def kill(process: BaseProcess) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -64,8 +70,11 @@ def test_the_lock_of_a_killed_start_goes_with_it(tmp_path: Path, holder: BasePro
 
 def test_a_child_does_not_hold_the_lock_of_its_dead_parent(tmp_path: Path) -> None:
     with locked(tmp_path / "run", ALONE):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(120,))
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        child = context.Process(target=live_on, args=(started,))
         child.start()
+        assert started.wait(30)
         os.rename(tmp_path / "run" / LOCK_FILE, tmp_path / "run" / "moved")  # so that the file is not removed
     os.rename(tmp_path / "run" / "moved", tmp_path / "run" / LOCK_FILE)
     try:
