@@ -16,6 +16,7 @@ from s2moe.config.run import RunConfig
 from s2moe.models.sizes import model_sizes
 from s2moe.training.plan import BYTES, OPTIMIZER_BYTES, vocabulary
 from s2moe.training.processes import describe_process, gpu_of
+from s2moe.training.ranks import gather
 
 from .finding import Finding, Status, merge, worst
 from .machine import check_machine
@@ -68,10 +69,9 @@ def examine(output: Path, config: RunConfig | None, timeout: float) -> Examinati
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        hosts: list[str] = [""] * world
-        dist.all_gather_object(hosts, host)
+        hosts = gather(host)
         own += [Finding("processes", "ok", f"{world} on {len(set(hosts))} machines, {dist.get_backend()}"), *machine]
-        if any(_lacks_gpu(findings) for findings in _gather(own, world)):
+        if any(_lacks_gpu(findings) for findings in gather(own)):
             device = torch.device("cpu")  # said already; the rest can still be looked at
         own += check_clocks(rank, hosts)
         own += check_storage(output, rank, _checkpoint_bytes(config))
@@ -80,7 +80,7 @@ def examine(output: Path, config: RunConfig | None, timeout: float) -> Examinati
         found, links = check_collectives(device, hosts)
         own += found
         measured = {"matmul_flops": speed, "all_to_all": {name: asdict(link) for name, link in links.items()}}
-        return Examination(hosts, merge(_gather(own, world), hosts), measured)
+        return Examination(hosts, merge(gather(own), hosts), measured)
     except (RuntimeError, dist.DistError) as error:
         text = " ".join(str(error).split())[:300]
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -100,12 +100,6 @@ def _alone(
     findings += check_storage(output, 0, _checkpoint_bytes(config))
     found, speed = check_devices(device)
     return Examination([host], merge([findings + found], [host]), {"matmul_flops": speed, "all_to_all": {}})
-
-
-def _gather(findings: list[Finding], world: int) -> list[list[Finding]]:
-    gathered: list[list[Finding]] = [[] for _ in range(world)]
-    dist.all_gather_object(gathered, findings)
-    return gathered
 
 
 def _lacks_gpu(findings: list[Finding]) -> bool:

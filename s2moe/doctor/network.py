@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from s2moe.training.ranks import gather
+
 from .finding import Finding, Status, judge, measured
 
 SKEW_WARN, SKEW_FAIL = 1.0, 60.0  # seconds; files of one machine look newer than another's, logs disagree
@@ -153,12 +155,7 @@ def check_devices(device: torch.device) -> tuple[list[Finding], float]:
     if dist.is_initialized():
         dist.barrier()  # all at once, as in training
     speed = 2 * size**3 / _seconds(lambda: matrix @ matrix, device)
-    speeds = [speed]
-    if dist.is_initialized():
-        gathered: list[float] = [0.0] * dist.get_world_size()
-        dist.all_gather_object(gathered, speed)
-        speeds = gathered
-    slow = speed < SLOW_DEVICE[device.type] * statistics.median(speeds)
+    slow = speed < SLOW_DEVICE[device.type] * statistics.median(gather(speed))
     remedy = "slower than the others, and all wait for it: look for heat, power limits or other jobs on that machine"
     return [measured("matrix products", speed / 1e12, "TFLOP/s a process", "warn" if slow else "ok", remedy)], speed
 

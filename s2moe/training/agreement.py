@@ -8,13 +8,12 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed as dist
-
 from s2moe.config.options import ConfigError
 from s2moe.data import CorpusError
 
 from .checkpoint import TrainingState
 from .processes import Processes
+from .ranks import from_first, gather
 
 NAMED = 5  # differences, or processes, that a message names at most
 UNTOUCHED = ("logging.", "checkpoint.", "profile.")  # settings that what is trained does not depend on
@@ -38,12 +37,11 @@ def together(processes: Processes) -> Iterator[None]:
         if mine is not None:
             raise mine
         return
-    errors: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(errors, None if mine is None else (socket.gethostname(), str(mine)))
+    errors = gather(None if mine is None else (socket.gethostname(), str(mine)))
     failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if not failed:
         return
-    if mine is not None and len(failed) == len(errors) and len({text for _, text in errors}) == 1:
+    if mine is not None and len(failed) == len(errors) and len({text for _, text in failed.values()}) == 1:
         raise mine  # the same everywhere: no process needs naming
     told = [f"rank {rank} on {host}: {text}" for rank, (host, text) in list(failed.items())[:NAMED]]
     more = len(failed) - NAMED
@@ -54,10 +52,8 @@ def require_same_settings(state: TrainingState, processes: Processes) -> None:
     """Raise ConfigError on every process unless all have rank 0's settings, corpus and versions. Collective."""
     if processes.world_size == 1:
         return
-    first: list[Any] = [{name: getattr(state, name) for name in ALIKE}]
-    ours = _flat(first[0])
-    dist.broadcast_object_list(first)
-    theirs = _flat(first[0])
+    mine = {name: getattr(state, name) for name in ALIKE}
+    ours, theirs = _flat(mine), _flat(from_first(mine))
     with together(processes):
         names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
         if names:

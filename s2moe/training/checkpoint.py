@@ -17,8 +17,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,17 +28,14 @@ import torch.distributed as dist
 from s2moe.config.options import ConfigError
 from s2moe.parallel import deepspeed_compat
 
-from .errors import TrainingError
+from .publication import TEMPORARY, require_seen, require_success
 from .quiet import no_prints
+from .ranks import barrier, gather, rank, world
 from .writing import BackgroundWriter, Writer, digest, sync
 
 MANIFEST = "manifest.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # converters that DeepSpeed adds, blind to spread experts
-TEMPORARY = ".tmp-"
-SEEN_SECONDS = 5.0  # for a network file system to show what another machine wrote
-POLL_SECONDS = 0.1
-NAMED = 5  # files that a message names at most
 UNIVERSAL = "universal-"  # a checkpoint's universal form beside it, while a run changes its shape
 
 
@@ -83,15 +78,6 @@ class Checkpoint:
     digests: dict[str, str] | None = None
 
 
-@dataclass(frozen=True)
-class Written:
-    """A file of a checkpoint, as the process knows it that wrote it: bytes, SHA-256, and who that was."""
-
-    size: int
-    digest: str
-    writer: str
-
-
 @dataclass
 class Pending:
     """A checkpoint whose files are being written."""
@@ -110,18 +96,18 @@ class Pending:
                 one has written. Older checkpoints stay as they were.
         """
         self.writer.wait()
-        written = _require_success(self.writer.failures, self.writer.digests, self.temporary)
-        _require_seen(self.temporary, written)
+        written = require_success(self.writer.failures, self.writer.digests, self.temporary)
+        require_seen(self.temporary, written)
         failures = []
         try:
-            if _rank() == 0:
+            if rank() == 0:
                 publish(self.temporary, self.final, self.state, {name: file.digest for name, file in written.items()})
                 for checkpoint in list_complete(self.final.parent)[: -self.keep]:
                     _remove(checkpoint.path)
                 remove_universal(self.final.parent)  # the run has gone on in its new shape
         except OSError as error:
             failures.append(str(error))
-        _require_success(failures, {}, self.temporary)
+        require_success(failures, {}, self.temporary)
         return self.final
 
 
@@ -139,9 +125,9 @@ def save(engine: Any, directory: Path, state: TrainingState, keep: int) -> Path:
 def begin(engine: Any, directory: Path, state: TrainingState, keep: int, writer: Writer) -> Pending:
     """Give the files of a checkpoint to `writer`. Collective."""
     temporary = directory / f"{TEMPORARY}step-{state.step}"
-    if _rank() == 0:
+    if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    _barrier()
+    barrier()
     with writer.of(engine):
         engine.save_checkpoint(str(directory), tag=temporary.name, client_state=asdict(state), save_latest=False)
     return Pending(temporary, directory / f"step-{state.step:08d}", replace(state), keep, writer)
@@ -328,7 +314,7 @@ def verify(checkpoint: Checkpoint, progress: Callable[[], None] = lambda: None) 
     if checkpoint.digests is not None:
         # The largest files first, dealt out like cards: processes read about the same.
         names = sorted(checkpoint.digests, key=lambda name: (-checkpoint.sizes[name], name))
-        for name in names[_rank() :: _world()]:
+        for name in names[rank() :: world()]:
             try:
                 found = digest(checkpoint.path / name)
             except OSError as error:
@@ -337,7 +323,7 @@ def verify(checkpoint: Checkpoint, progress: Callable[[], None] = lambda: None) 
                 if found != checkpoint.digests[name]:
                     problems.append(f"{name} has not the content that was written (SHA-256)")
             progress()
-    every = [problem for of_process in _gather(problems) for problem in of_process]
+    every = [problem for of_process in gather(problems) for problem in of_process]
     if every:
         raise ConfigError(f"the checkpoint {checkpoint.path} is damaged: {min(every)}")
 
@@ -359,75 +345,6 @@ def _candidates(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return [path for path in directory.iterdir() if _COMPLETE.fullmatch(path.name)]
-
-
-def _require_success(failures: list[str], digests: dict[Path, str], temporary: Path) -> dict[str, Written]:
-    """The files of all processes, by their path in the checkpoint. Collective.
-
-    Raises:
-        TrainingError: on every process if one of them failed, after removing what was written.
-    """
-    writer, mine, failures = f"rank {_rank()} on {socket.gethostname()}", {}, [*failures]
-    try:
-        if not failures:
-            for path, value in digests.items():
-                mine[str(path.relative_to(temporary))] = Written(path.stat().st_size, value, writer)
-    except OSError as error:
-        failures.append(str(error))
-    gathered = _gather((failures, mine))
-    first = next((failure for failures_of, _ in gathered for failure in failures_of), None)
-    if first is None:
-        return {name: file for _, files in gathered for name, file in files.items()}
-    raise _given_up(temporary, first, "make room")
-
-
-def _require_seen(temporary: Path, written: dict[str, Written]) -> None:
-    """Let process 0 find the files of all processes, with their sizes. Collective.
-
-    Raises:
-        TrainingError: on every process if it does not, after removing what was written.
-    """
-    told: list[Any] = [None]
-    if _rank() == 0:
-        told = [(f"rank 0 on {socket.gethostname()}", str(temporary.resolve()), _missing(temporary, written))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    first, place, missing = told[0]
-    if missing:
-        more = len(missing) - NAMED
-        problem = f"{first} does not find in {place}: {', '.join(missing[:NAMED])}"
-        problem += f", and {more} more" if more > 0 else ""
-        raise _given_up(temporary, problem, "give an output_dir on a file system that all processes see")
-
-
-def _missing(temporary: Path, written: dict[str, Written]) -> list[str]:
-    """Those of the files that are not there as they were written, after waiting for a network file system a while."""
-    deadline = time.monotonic() + SEEN_SECONDS
-    missing = dict(written)
-    while True:
-        missing = {name: file for name, file in missing.items() if _size(temporary / name) != file.size}
-        if not missing or time.monotonic() > deadline:
-            return [f"{name} of {file.writer}" for name, file in sorted(missing.items())]
-        time.sleep(POLL_SECONDS)
-
-
-def _size(path: Path) -> int | None:
-    """As the file server has it: opening asks for it anew, where a plain look may take what this machine remembers."""
-    try:
-        with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size
-    except OSError:
-        return None
-
-
-def _given_up(temporary: Path, problem: str, remedy: str) -> TrainingError:
-    """Remove what was written; the error to raise, on every process."""
-    if _rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return TrainingError(
-        f"cannot write the checkpoint {temporary.name.removeprefix(TEMPORARY)}: {problem}; the last complete "
-        f"checkpoint is intact: {remedy}, and the same command continues from there"
-    )
 
 
 def publish(
@@ -454,7 +371,7 @@ def _write_manifest(path: Path, state: TrainingState, digests: dict[str, str], u
             digests[name] = digest(file)
     manifest: dict[str, Any] = {
         "files": sizes,
-        "sha256": {name: digests[name] for name in sizes},  # of nothing that is not there: see _require_seen
+        "sha256": {name: digests[name] for name in sizes},  # of nothing that is not there: see publication.py
         "state": asdict(state),
     }
     if universal:
@@ -478,25 +395,3 @@ def _remove(path: Path) -> None:
     doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gather(mine: Any) -> list[Any]:
-    """Every process' value, on all. Collective."""
-    if not dist.is_initialized():
-        return [mine]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, mine)
-    return values
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

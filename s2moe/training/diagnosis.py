@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from .ranks import gather, rank
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ def find_cause(module: nn.Module, losses: list[Tensor], forward: Callable[[int],
         forward: repeats the forward pass of the micro-batch with this accumulation index.
     """
     bad = tuple(index for index, loss in enumerate(losses) if not torch.isfinite(loss))
-    findings = _gather(Finding(_rank(), bad, _first_bad_parameter(module), None))
+    findings = gather(Finding(rank(), bad, _first_bad_parameter(module), None))
     first = min((index for finding in findings for index in finding.losses), default=0)
     with torch.no_grad():
         name = _first_bad_module(module, lambda: forward(first))
-    findings = _gather(Finding(_rank(), bad, _first_bad_parameter(module), name))
+    findings = gather(Finding(rank(), bad, _first_bad_parameter(module), name))
     ranks = ", ".join(str(finding.rank) for finding in findings if first in finding.losses)
     clauses = "; ".join(filter(None, (finding.text() for finding in findings)))
     return f"loss not finite on rank {ranks or '?'}, micro-batch {first} of the step ({clauses})"
@@ -92,15 +93,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _gather(finding: Finding) -> list[Finding]:
-    if not dist.is_initialized():
-        return [finding]
-    findings: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(findings, finding)
-    return findings

@@ -19,6 +19,7 @@ from s2moe.parallel import deepspeed_compat
 from .checkpoint import TrainingState
 from .errors import TrainingError
 from .export import expert_parameters
+from .ranks import gather
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -45,9 +46,7 @@ def require_equal_replicas(module: nn.Module, state: TrainingState) -> None:
     for shared in _shared(module):
         sums = torch.stack([bit_sum(tensor) for tensor in shared.tensors])
         found += _different(shared.names, sums, shared.group)
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, found)
-    first = next((text for of_rank in every for text in of_rank), None)
+    first = next((text for of_rank in gather(found) for text in of_rank), None)
     if first is not None:
         raise TrainingError(
             f"processes have diverged at step {state.step}: {first}. No checkpoint was written; the last complete one "

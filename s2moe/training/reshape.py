@@ -39,6 +39,7 @@ from .checkpoint import (
     verify,
 )
 from .processes import Processes
+from .ranks import from_first
 
 POLL_SECONDS = 0.2
 STORE_SECONDS = 60.0  # to wait for an answer of the store
@@ -81,13 +82,11 @@ def in_shape_of(
 
 def _opened(path: Path, processes: Processes) -> Checkpoint | None:
     """The checkpoint as process 0 sees it, on all; None where there is no complete one. Collective."""
-    found: list[Checkpoint | None] = [None]
+    found: Checkpoint | None = None
     if processes.is_main:
         with contextlib.suppress(ConfigError):
-            found = [open_checkpoint(path)]
-    if processes.world_size > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
+            found = open_checkpoint(path)
+    return from_first(found)
 
 
 def convert(checkpoint: Checkpoint, target: Path, progress: Callable[[], None] = lambda: None) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from s2moe.config import ConfigError, to_yaml
 from s2moe.config.run import RunConfig, check_world
 from s2moe.data import CorpusError
@@ -27,6 +25,7 @@ from .language import LanguageJob
 from .loop import TrainingLoop
 from .probe_files import PROBES, remove_after
 from .processes import Processes
+from .ranks import from_first
 from .replicas import require_equal_replicas
 from .reshape import in_shape_of
 from .run_lock import locked
@@ -199,17 +198,16 @@ def prepare_directory(
 
 def _from_main(processes: Processes, work: Callable[[], Any]) -> Any:
     """What `work` returns on the first process, or the ConfigError that it raises there, on all. Collective."""
-    answer: list[Any] = [None]
+    answer: Any = None
     if processes.is_main:
         try:
-            answer = [work()]
+            answer = work()
         except ConfigError as error:
-            answer = [error]
-    if processes.world_size > 1:
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], ConfigError):
-        raise answer[0]
-    return answer[0]
+            answer = error
+    answer = from_first(answer)
+    if isinstance(answer, ConfigError):
+        raise answer
+    return answer
 
 
 def _warn(message: str, processes: Processes) -> None:

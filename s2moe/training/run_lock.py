@@ -20,14 +20,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from s2moe.config.options import ConfigError
 
 from .agreement import together
 from .processes import Processes
+from .ranks import from_first
 
 LOCK_FILE = "run.lock"
 SEEN_SECONDS = 5.0  # for a network file system to show what another machine wrote
@@ -70,10 +68,10 @@ def locked(directory: Path, processes: Processes) -> Iterator[None]:
         with together(processes):
             owner = stack.enter_context(_lock(directory)) if processes.is_main else None
         if processes.world_size > 1:
-            told: list[Any] = [(owner, directory.resolve())]
-            dist.broadcast_object_list(told)
+            holder, there = from_first((owner, directory.resolve()))
+            assert holder is not None
             with together(processes):
-                _require_seen(directory, *told[0])
+                _require_seen(directory, holder, there)
         yield
 
 

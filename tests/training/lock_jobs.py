@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from s2moe.config import ConfigError, load
 from s2moe.config.run import RunConfig
-from s2moe.training import checkpoint
+from s2moe.training import publication
 from s2moe.training.checkpoint import TrainingState, save
 from s2moe.training.errors import TrainingError
 from s2moe.training.processes import Processes
@@ -63,7 +63,7 @@ class OwnFile:
 
 def save_twice(folder: str) -> str:
     """Save a step where both ranks see it, and the next one where they do not; the error of that."""
-    checkpoint.SEEN_SECONDS = 0.5
+    publication.SEEN_SECONDS = 0.5
     enter(folder, apart=False)
     save(OwnFile(), Path("checkpoints"), TrainingState(step=1), keep=1)
     enter(folder, apart=True)

@@ -16,7 +16,7 @@ import torch
 
 from s2moe.config import ConfigError
 from s2moe.parallel.deepspeed_compat import CheckpointFileError, load_file
-from s2moe.training import checkpoint, writing
+from s2moe.training import checkpoint, publication, writing
 from s2moe.training.checkpoint import (
     Saver,
     TrainingState,
@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_old_one(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("lag", [3, 10**9])
 def test_files_that_show_late_are_waited_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int) -> None:
     save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
-    size, looks = checkpoint._size, 0
+    size, looks = publication._size, 0
 
     def late(path: Path) -> int | None:
         nonlocal looks
@@ -178,8 +178,8 @@ def test_files_that_show_late_are_waited_for_a_while(tmp_path: Path, monkeypatch
         found = size(path)
         return found if looks > lag or found is None else found - 1
 
-    monkeypatch.setattr(checkpoint, "_size", late)
-    monkeypatch.setattr(checkpoint, "SEEN_SECONDS", 60.0 if lag == 3 else 0.3)
+    monkeypatch.setattr(publication, "_size", late)
+    monkeypatch.setattr(publication, "SEEN_SECONDS", 60.0 if lag == 3 else 0.3)
     if lag == 3:
         verify(open_checkpoint(save(FakeEngine(), tmp_path, TrainingState(step=2), keep=1)))
         return
