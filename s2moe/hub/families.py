@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple
 
 from s2moe.hub.block import SparseMLP, context_block, sparse_blocks
 from s2moe.models.modeling import S2MoECausalLMOutput, S2MoEForCausalLM, S2MoEModel
+from s2moe.models.recomputation import WithoutReentrance
 from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
 from s2moe.moe.experts import Experts
 from s2moe.moe.regularisers import Regularisers
@@ -157,7 +158,7 @@ class SparseConfigMixin(_Theirs):
         return typed_moe(self.moe)
 
 
-class SparseModelMixin(_Theirs):
+class SparseModelMixin(WithoutReentrance, _Theirs):
     """A causal language model of transformers, whose MLPs are exchanged when it is built."""
 
     family: Family
@@ -196,16 +197,6 @@ class SparseModelMixin(_Theirs):
                     if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
                         module.reset_parameters(self.config.initializer_range)
                 block._drawn = not any(parameter.is_meta for parameter in block.parameters())
-
-    def _activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant=True would drop the gradient of the auxiliary losses without an error: "
-                "use use_reentrant=False, the default"
-            )
-        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     _context = S2MoEModel._context
     _share = staticmethod(S2MoEForCausalLM._share)

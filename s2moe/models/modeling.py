@@ -21,6 +21,7 @@ from transformers.utils import can_return_tuple
 
 from s2moe.models.attention import S2MoEAttention, S2MoERotaryEmbedding
 from s2moe.models.configuration import S2MoEConfig
+from s2moe.models.recomputation import WithoutReentrance
 from s2moe.moe.experts import Experts
 from s2moe.moe.feedback import update_routers
 from s2moe.moe.history import History
@@ -109,7 +110,7 @@ class S2MoEDecoderLayer(GradientCheckpointingLayer):
         return hidden_BSD + step_BSD, probability, statistics, momentum
 
 
-class S2MoEPreTrainedModel(PreTrainedModel):
+class S2MoEPreTrainedModel(WithoutReentrance, PreTrainedModel):
     """Weight initialisation and what transformers needs to know of the architecture."""
 
     config: S2MoEConfig
@@ -122,16 +123,6 @@ class S2MoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-
-    def _activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant=True would drop the gradient of the auxiliary losses without an error, since it "
-                "does not see tensors inside a layer's statistics: use use_reentrant=False, the default"
-            )
-        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

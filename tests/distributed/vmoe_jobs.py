@@ -8,7 +8,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from s2moe.models.vision.vit import VMoEConfig, VMoEForImageClassification
+from s2moe.models.vision.vit import VMoEForImageClassification
+from s2moe.models.vision.vit_config import VMoEConfig
 from s2moe.moe.feedback import update_routers
 from s2moe.moe.routing import RoutingContext
 from s2moe.parallel import deepspeed_compat

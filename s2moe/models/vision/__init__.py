@@ -7,7 +7,8 @@ from s2moe.models.vision.mixture import MixtureModel
 from s2moe.models.vision.mixture_config import MixtureConfig
 from s2moe.models.vision.snnl_moe import SNNLMoEConfig, SNNLMoEModel
 from s2moe.models.vision.vae import VAEConfig, VAEModel
-from s2moe.models.vision.vit import VMoEConfig, VMoEForImageClassification
+from s2moe.models.vision.vit import VMoEForImageClassification
+from s2moe.models.vision.vit_config import VMoEConfig
 
 for _config, _model in (
     (MixtureConfig, MixtureModel),

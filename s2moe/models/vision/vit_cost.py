@@ -6,7 +6,7 @@ Counted are the matrix products: patches, projections, attention, MLPs, routers,
 from __future__ import annotations
 
 from s2moe.models.configuration import meta_router
-from s2moe.models.vision.vit import VMoEConfig
+from s2moe.models.vision.vit_config import VMoEConfig
 
 
 def image_flops(config: VMoEConfig, assignments: float | None = None) -> float:

@@ -12,7 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2moe.models.vision.vit import VMoEConfig, VMoEForImageClassification
+from s2moe.models.vision.vit import VMoEForImageClassification
+from s2moe.models.vision.vit_config import VMoEConfig
 from s2moe.parallel import ExpertParallel
 
 POSITIONS = "embedding.positions"

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
 from s2moe.models.vision import VISION_KINDS
-from s2moe.models.vision.vit import VMoEConfig, VMoEForImageClassification
+from s2moe.models.vision.vit import VMoEForImageClassification
+from s2moe.models.vision.vit_config import VMoEConfig
 from s2moe.models.vision.vit_cost import image_flops
 from s2moe.models.vision.vit_transfer import transfer, zoom_positions
 from s2moe.models.vision.vmoe_curve import CAPACITIES, draw_curve, evaluate, robustness, vmoe_curve, write_curve
