@@ -9,7 +9,7 @@ from typing import Any, Literal
 from s2moe.options import option
 
 from .learning_rates import LearningRates
-from .run import require
+from .run import OptimizerConfig, require
 
 
 @dataclass
@@ -54,10 +54,9 @@ class FinetuneModelConfig:
 
 
 @dataclass
-class FinetuneOptimizerConfig:
+class FinetuneOptimizerConfig(OptimizerConfig):
     lr: float = option(1e-4, "peak learning rate of AdamW")
     betas: tuple[float, float] = option((0.9, 0.999), "decay of AdamW's first and second moment")
-    eps: float = option(1e-8, "added to AdamW's denominator")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices; norms and biases have none")
     clip: float = option(1.0, "largest norm of the whole gradient")
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "of the learning rate, after warm-up")
@@ -65,11 +64,7 @@ class FinetuneOptimizerConfig:
     factors: LearningRates = option(factory=LearningRates, help="learning rates by depth")
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", "must be positive", self.lr)
-        for beta in self.betas:
-            require(0 <= beta < 1, "optimizer.betas", "must lie in [0, 1)", list(self.betas))
-        require(self.eps > 0, "optimizer.eps", "must be positive", self.eps)
-        require(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative", self.weight_decay)
+        super().__post_init__()
         require(self.clip > 0, "optimizer.clip", "must be positive", self.clip)
         require(0 <= self.warmup < 1, "optimizer.warmup", "must lie in [0, 1)", self.warmup)
 

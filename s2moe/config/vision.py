@@ -24,7 +24,16 @@ from .help import section_text
 from .loader import build as build_section
 from .loader import check_keys
 from .options import ConfigError, Key, Section, default_of, open_section
-from .run import CheckpointConfig, LogConfig, ProfileConfig, Run, ScheduleConfig, check_training, require
+from .run import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    ProfileConfig,
+    Run,
+    ScheduleConfig,
+    check_training,
+    require,
+)
 
 FROM_THE_DATA = ("num_channels", "image_size", "num_classes")
 DEFAULT_KIND = "mixture"
@@ -72,7 +81,7 @@ class VisionDataConfig:
 
 
 @dataclass
-class VisionOptimizerConfig:
+class VisionOptimizerConfig(OptimizerConfig):
     name: Literal["adam", "adamw", "sgd", "rmsprop"] = option(
         "adam", "adam couples weight decay with the gradient, as the classic papers do; adamw does not"
     )
@@ -87,13 +96,8 @@ class VisionOptimizerConfig:
     clip: float = option(0.0, "largest norm of the whole gradient; 0 switches clipping off")
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", "must be positive", self.lr)
-        for beta in self.betas:
-            require(0 <= beta < 1, "optimizer.betas", "must lie in [0, 1)", list(self.betas))
+        super().__post_init__()
         require(0 <= self.momentum < 1, "optimizer.momentum", "must lie in [0, 1)", self.momentum)
-        require(self.eps > 0, "optimizer.eps", "must be positive", self.eps)
-        require(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative", self.weight_decay)
-        require(self.clip >= 0, "optimizer.clip", "must not be negative", self.clip)
 
 
 @dataclass
