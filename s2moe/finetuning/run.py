@@ -29,13 +29,16 @@ from s2moe.config.finetune import FinetuneConfig
 from s2moe.data import Corpus, Tokenizer, load_tokenizer
 from s2moe.data.classification import ClassificationData, load_classification, subset
 from s2moe.data.encoding import EncodedTexts, collate
-from s2moe.models import S2MoEForSequenceClassification
+from s2moe.hub.card import write_card
+from s2moe.hub.tokenization import save_tokenizer
+from s2moe.models import S2MoEConfig, S2MoEForSequenceClassification
 from s2moe.moe.freezing import freeze_named
 from s2moe.parallel import deepspeed_compat
 from s2moe.training.agreement import together
-from s2moe.training.export import HF_DIRECTORY, ORIGIN_FILE
+from s2moe.training.export import HF_DIRECTORY, ORIGIN_FILE, empty_beside, put_in_place
 from s2moe.training.metrics_log import MetricsLog
 from s2moe.training.processes import Processes
+from s2moe.training.ranks import from_first
 from s2moe.training.run_log import layer_figures
 from s2moe.training.signals import stop_signal
 from s2moe.training.tensorboard import TensorBoard
@@ -135,7 +138,7 @@ def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
         "checkpoint": weights.description,
         "seed": config.seed,
     }
-    export(trainer, config.directory / HF_DIRECTORY, tokenizer, {"run": config.name, "step": results["best_step"]})
+    export(trainer, config, tokenizer, results)
     if processes.is_main:
         write_json(config.directory / RESULTS_FILE, results)
     return FinetuneResult(config.directory, step, results)
@@ -175,13 +178,9 @@ def prepare_directory(config: FinetuneConfig, processes: Processes) -> str | Non
     Raises:
         ConfigError: `checkpoint.resume` forbids or demands one, or it is of a run with other settings.
     """
-    resume: list[Any] = [None]
     with together(processes):
-        if processes.is_main:
-            resume = [_prepare(config)]
-    if processes.world_size > 1:
-        dist.broadcast_object_list(resume)
-    return resume[0]
+        resume = _prepare(config) if processes.is_main else None
+    return from_first(resume)
 
 
 def _prepare(config: FinetuneConfig) -> str | None:
@@ -269,20 +268,19 @@ def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(predicted.predictions, -1) == predicted.label_ids))}
 
 
-def export(trainer: S2MoETrainer, target: Path, tokenizer: Tokenizer, origin: dict[str, Any]) -> None:
-    """Write the trainer's model to `target`, which is complete or as it was before. Collective."""
-    temporary, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".tmp-old-{target.name}")
+def export(trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: Tokenizer, results: dict[str, Any]) -> None:
+    """Write the trainer's model, tokenizer and card to `hf/`, which is complete or as it was before. Collective."""
+    target, origin = config.directory / HF_DIRECTORY, {"run": config.name, "step": results["best_step"]}
+    temporary = target.with_name(f".tmp-{target.name}")
     if trainer.args.should_save:
-        for path in (temporary, old):
-            shutil.rmtree(path, ignore_errors=True)
+        temporary = empty_beside(target)
     trainer.save_model(str(temporary), _internal_call=True)
     if trainer.args.should_save:
-        tokenizer.save(temporary)
+        save_tokenizer(tokenizer, temporary, config.data.input_length)
+        model_config = S2MoEConfig.from_pretrained(temporary)
+        write_card(temporary, model_config, origin, config.directory, tokenizer.kind, results)
         write_json(temporary / ORIGIN_FILE, origin)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(temporary, target)
     if dist.is_initialized():
         dist.barrier()
 

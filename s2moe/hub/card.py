@@ -17,10 +17,33 @@ from s2moe.models.sizes import model_sizes
 from s2moe.moe.methods import METHODS
 
 CARD_FILE = "README.md"
+GENERATE = (
+    "import s2moe  # registers the architecture with transformers",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline",
+    "",
+    'path = "."  # this directory, or its name on the Hub',
+    "model = AutoModelForCausalLM.from_pretrained(path)",
+    "tokenizer = AutoTokenizer.from_pretrained(path)",
+    'pipeline("text-generation", model=model, tokenizer=tokenizer)("The ", max_new_tokens=40)',
+)
+CLASSIFY = (
+    "import s2moe  # registers the architecture with transformers",
+    "from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline",
+    "",
+    'path = "."  # this directory, or its name on the Hub',
+    "model = AutoModelForSequenceClassification.from_pretrained(path)",
+    "tokenizer = AutoTokenizer.from_pretrained(path)",
+    'pipeline("text-classification", model=model, tokenizer=tokenizer)("A fine film.", truncation=True)',
+)
 
 
 def write_card(
-    directory: Path, config: Any, origin: dict[str, Any], run_directory: Path | None = None, tokenizer: str = ""
+    directory: Path,
+    config: Any,
+    origin: dict[str, Any],
+    run_directory: Path | None = None,
+    tokenizer: str = "",
+    tuned: dict[str, Any] | None = None,
 ) -> Path:
     """Write README.md into a directory that holds an exported model.
 
@@ -29,13 +52,14 @@ def write_card(
         origin: what the weights are, e.g. {"run": name, "step": n}, or {"upcycled from": path}.
         run_directory: where they were trained, whose config.yaml and metrics.jsonl say the rest.
         tokenizer: kind of the tokenizer that goes along.
+        tuned: of a classifier, what a fine-tuning run writes to results.json.
     """
     step = origin.get("step")
     run = _read_run(run_directory)
     facts = {
         **{name.capitalize(): value for name, value in origin.items()},
         "Method": _method(config),
-        **_sizes(config),
+        **(_sizes(config) if tuned is None else _tuning(tuned)),
         **({"Tokenizer": tokenizer} if tokenizer else {}),
         **_data(run),
         **_score(run_directory, step),
@@ -44,7 +68,7 @@ def write_card(
     }
     front = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-generation" if tuned is None else "text-classification",
         "tags": ["mixture-of-experts", "s2moe", config.moe_config().method],
     }
     text = "\n".join(
@@ -55,20 +79,14 @@ def write_card(
             "",
             f"# {origin.get('run', directory.name)}",
             "",
-            "A language model with sparse mixture-of-experts layers.",
+            f"A {'language model' if tuned is None else 'text classifier'} with sparse mixture-of-experts layers.",
             "",
             "| | |",
             "| --- | --- |",
             *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
             "",
             "```python",
-            "import s2moe  # registers the architecture with transformers",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline",
-            "",
-            'path = "."  # this directory, or its name on the Hub',
-            "model = AutoModelForCausalLM.from_pretrained(path)",
-            "tokenizer = AutoTokenizer.from_pretrained(path)",
-            'pipeline("text-generation", model=model, tokenizer=tokenizer)("The ", max_new_tokens=40)',
+            *(GENERATE if tuned is None else CLASSIFY),
             "```",
             "",
             "The layers' options:",
@@ -87,6 +105,16 @@ def write_card(
     path = directory / CARD_FILE
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _tuning(results: dict[str, Any]) -> dict[str, str]:
+    texts = results["texts"]
+    return {
+        "Task": f"{results['task']}, {texts['train']:,} / {texts['validation']:,} / {texts['test']:,} texts",
+        "Fine-tuned from": str(results["checkpoint"]),
+        "Test accuracy": f"{100 * results['test_accuracy']:.2f} %, at the best validation accuracy, "
+        f"{100 * results['validation_accuracy']:.2f} %",
+    }
 
 
 def source_commit() -> str:
@@ -160,7 +188,7 @@ def _score(run_directory: Path | None, step: int | None) -> dict[str, str]:
 
 def _training(run: dict[str, Any]) -> dict[str, str]:
     training = run.get("training")
-    if not training:
+    if not training or "sequence_length" not in training:
         return {}
     return {
         "Training": f"{training['steps']:,} steps of {training['global_batch']} sequences of "

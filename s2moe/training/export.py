@@ -129,14 +129,26 @@ def write_model(
         ConfigError: `target` holds something else.
     """
     require_replaceable(target)
-    temporary, old = target.with_name(f".tmp-{target.name}"), target.with_name(f".tmp-old-{target.name}")
-    for path in (temporary, old):
-        shutil.rmtree(path, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary = empty_beside(target)
     with no_progress_bars():
         model.to(next(iter(state.values())).dtype).save_pretrained(temporary, state_dict=state)
     add(temporary)
     (temporary / ORIGIN_FILE).write_text(json.dumps(origin), encoding="utf-8")
+    put_in_place(temporary, target)
+
+
+def empty_beside(target: Path) -> Path:
+    """The path at which to write what `put_in_place` makes of it: nothing is there, and its parent is."""
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    return temporary
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Make the finished directory `target`, which at any moment is the new or the old one, or absent."""
+    old = target.with_name(f".tmp-old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(temporary, target)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, pipeline
 
 from s2moe import S2MoEConfig, S2MoEForSequenceClassification
 from s2moe.config import ConfigError, load
@@ -93,6 +95,15 @@ def test_a_run_and_its_continuation(files: Path, tmp_path: Path) -> None:
     assert model.model.layers[0].moe.experts.w1.shape[0] == 4
     assert load_tokenizer(directory / "hf").vocab_size == 256
     assert list((directory / "tensorboard").iterdir())
+
+    found = AutoTokenizer.from_pretrained(directory / "hf")
+    classify = pipeline("text-classification", model=model, tokenizer=found)
+    text = "a fine film"
+    logits = model(input_ids=torch.tensor([list(text.encode())])).logits
+    assert classify(text)[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
+    card = (directory / "hf" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert f"| Test accuracy | {100 * whole['results']['test_accuracy']:.2f} %" in card
 
     chosen = settings(files, tmp_path / "stopped", **spread)
     stopped = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), chosen, 20)[0]

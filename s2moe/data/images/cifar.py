@@ -44,7 +44,7 @@ def open_cifar10(source: Path | None, directory: Path, official: bool = True, pa
     found = read_files([_CIFAR10], _CIFAR10_FILES, source, directory / "cifar10", official)
     names = [name for name in _CIFAR10_FILES if name.startswith("data")]
     if not partial:
-        require(found, _CIFAR10_FILES, source, " (set partial=true to train on the batches that are there)")
+        require(found, _CIFAR10_FILES, source, " (data.options={partial: true} trains on the batches that are there)")
     present = [name for name in names if name in found]
     require(found, ["test_batch.bin", *(present or names[:1])], source)
     parts = [parse_cifar(found[name], name, 1) for name in present]

@@ -179,7 +179,9 @@ class Finished:
 
     def _clean(self, passes: Passes) -> ImageScore:
         device, block = self.model.device, self.config.evaluation.batch
-        score = evaluate_images(self.model, self.images, block, Processes(0, 0, 1, device), self.config.seed)
+        batch = self.config.training.global_batch
+        epoch = (self.evaluation["step"] * batch - 1) // len(self.images.train)  # of the last training image
+        score = evaluate_images(self.model, self.images, block, Processes(0, 0, 1, device), self.config.seed, epoch)
         if score.images == self.evaluation["images"]:
             for name, relative in (("error", False), ("recon", True)):
                 if name in score.figures:
