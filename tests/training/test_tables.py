@@ -14,10 +14,20 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+import yaml
 
 from s2moe.config import ConfigError
 from s2moe.training.tables import results
-from s2moe.training.tables.results import Run, is_finished, mean_and_deviation, over_last_epoch, paired, settings_of
+from s2moe.training.tables.results import (
+    SETTINGS_FILE,
+    Run,
+    changed_since,
+    is_finished,
+    mean_and_deviation,
+    over_last_epoch,
+    paired,
+    settings_of,
+)
 from s2moe.training.tables.runner import run_table
 from s2moe.training.tables.spec import plan_runs, read_table, table_names
 from s2moe.training.vision import EVALUATION_FILE
@@ -145,8 +155,20 @@ def test_two_workers_train_as_one_does(made: Path, small: str, tmp_path: Path) -
 
 
 def test_runs_of_other_settings_are_not_mixed(made: Path, small: str) -> None:
-    with pytest.raises(ConfigError, match="begun with other settings"):
+    with pytest.raises(ConfigError, match=r"begun with other settings .*training.epochs 1.0 -> 2"):
         run_table(small, epochs=2, output=str(made.parent))
+
+
+def test_the_order_of_settings_does_not_matter(small: str, tmp_path: Path) -> None:
+    stage = plan_runs(read_table(small), tmp_path, 1)[0][0]
+    assert changed_since(stage) == ""
+    stage.config.directory.mkdir(parents=True)
+    file = stage.config.directory / SETTINGS_FILE
+    file.write_text(yaml.safe_dump(settings_of(stage.config), sort_keys=True), encoding="utf-8")
+    assert changed_since(stage) == ""
+    file.write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="does not say how the run was begun"):
+        changed_since(stage)
 
 
 @pytest.mark.parametrize(

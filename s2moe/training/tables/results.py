@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2moe.config import to_yaml
+import yaml
+
+from s2moe.config import ConfigError, to_dict
 from s2moe.config.vision import VisionRunConfig
 from s2moe.metrics.specialisation import ese_of_bits
 from s2moe.training import metrics_log
+from s2moe.training.agreement import changed_settings
 from s2moe.training.details import REPORT_TEXT
 from s2moe.training.vision import EVALUATION_FILE, read_evaluation
 
@@ -35,10 +38,8 @@ class Run:
     evaluation: dict[str, Any]
 
 
-def settings_of(config: VisionRunConfig) -> str:
-    """The settings that decide a run's results, as text."""
-    from s2moe.config import to_dict
-
+def settings_of(config: VisionRunConfig) -> dict[str, Any]:
+    """The settings that decide a run's results, as plain values."""
     tree = to_dict(config)
     for section, names in ELSEWHERE.items():
         tree[section] = {name: value for name, value in tree[section].items() if name not in names}
@@ -47,7 +48,25 @@ def settings_of(config: VisionRunConfig) -> str:
         tree["init"]["weights"] = "/".join(Path(weights).parts[-3:])
     for name in ("output_dir", "checkpoint", "logging", "profile"):
         del tree[name]
-    return to_yaml(tree)
+    return tree
+
+
+def changed_since(stage: Stage) -> str:
+    """For the user: in what the table's settings of a run differ from those that it was begun with; empty if nowhere.
+
+    Raises:
+        ConfigError: what it was begun with can't be read.
+    """
+    file = stage.config.directory / SETTINGS_FILE
+    if not file.is_file():
+        return ""
+    try:
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(before, dict):
+        raise ConfigError(f"{file}: does not say how the run was begun: remove its directory")
+    return changed_settings(before, settings_of(stage.config))
 
 
 def is_finished(stage: Stage) -> bool:

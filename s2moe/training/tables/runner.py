@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2moe.config import ConfigError
+from s2moe.config import ConfigError, to_yaml
 from s2moe.training.console import format_seconds
 from s2moe.training.details import REPORT_DIRECTORY, is_reported, report_on
 from s2moe.training.errors import TrainingError
@@ -96,11 +96,11 @@ def check(stages: Sequence[Stage]) -> None:
             config = stage.config.for_images(len(seen[data].train))
             with torch.device("meta"):
                 build_model(config, config.model_config(seen[data]), parallel=False)
-        file = stage.config.directory / results.SETTINGS_FILE
-        if file.is_file() and file.read_text(encoding="utf-8") != results.settings_of(stage.config):
+        changes = results.changed_since(stage)
+        if changes:
             raise ConfigError(
-                f"{stage.config.directory} was begun with other settings than the table has now (compare its "
-                f"{results.SETTINGS_FILE}): choose another --output, or remove it"
+                f"{stage.config.directory} was begun with other settings than the table has now ({changes}): "
+                "choose another --output, or remove it"
             )
 
 
@@ -112,7 +112,7 @@ def train_missing(chains: Sequence[Sequence[Stage]], jobs: int, directory: Path)
     """
     for stage in (stage for chain in chains for stage in chain):
         stage.config.directory.mkdir(parents=True, exist_ok=True)
-        text = results.settings_of(stage.config)
+        text = to_yaml(results.settings_of(stage.config))
         (stage.config.directory / results.SETTINGS_FILE).write_text(text, encoding="utf-8")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, _interrupt)
