@@ -34,7 +34,7 @@ def is_frozen(name: str, freeze: str) -> bool:
     ("moe", "freeze"),
     [
         ({"method": "xmoe", "shared_experts": 1}, "routers_and_experts"),
-        ({"method": "s2moe"}, "experts"),
+        pytest.param({"method": "s2moe"}, "experts", marks=pytest.mark.slow),
         ({"method": "loss_free", "router": {"bias_update_rate": 0.01}}, "routers"),
     ],
     ids=lambda value: value if isinstance(value, str) else value["method"],
@@ -99,7 +99,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "run" / "hf" / "model.safetensors")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_a_frozen_run_resumes_and_exports(corpus: str, tmp_path: Path, stage: int) -> None:
     settings = {
         "model.moe.method": "loss_free",

@@ -59,7 +59,7 @@ def test_the_log_of_an_uninterrupted_run_is_complete(uninterrupted: Path) -> Non
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_stopped_and_resumed_equals_uninterrupted(corpus: str, tmp_path: Path, stage: int) -> None:
     settings = {"training.zero_stage": stage}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -78,14 +78,14 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus: str, tmp_path: Path, s
 @pytest.mark.parametrize(
     ("place", "call", "after", "victim", "survives"),
     [
-        ("torch.save", 8, False, 0, "step-00000003"),
+        pytest.param("torch.save", 8, False, 0, "step-00000003", marks=pytest.mark.slow),
         ("torch.save", 9, True, 1, "step-00000003"),
         ("manifest", 2, False, 0, "step-00000003"),
-        ("manifest", 2, True, 0, "step-00000003"),
-        ("rename", 2, False, 0, "step-00000003"),
+        pytest.param("manifest", 2, True, 0, "step-00000003", marks=pytest.mark.slow),
+        pytest.param("rename", 2, False, 0, "step-00000003", marks=pytest.mark.slow),
         ("rename", 2, True, 0, "step-00000006"),
-        ("rename", 4, True, 0, "step-00000009"),
-        ("old one removed", 1, False, 0, "step-00000009"),
+        pytest.param("rename", 4, True, 0, "step-00000009", marks=pytest.mark.slow),
+        pytest.param("old one removed", 1, False, 0, "step-00000009", marks=pytest.mark.slow),
         ("old one removed", 1, True, 0, "step-00000009"),
     ],
 )

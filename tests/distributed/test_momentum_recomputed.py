@@ -57,8 +57,8 @@ def train(momentum: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
     "momentum",
     [
         {"kind": "robust"},
-        {"kind": "adam", "adam_layers": "all", "epsilon": 1e-2},
-        {"kind": "heavy_ball", "legacy_double_residual": True},
+        pytest.param({"kind": "adam", "adam_layers": "all", "epsilon": 1e-2}, marks=pytest.mark.slow),
+        pytest.param({"kind": "heavy_ball", "legacy_double_residual": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

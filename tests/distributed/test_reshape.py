@@ -204,6 +204,7 @@ def left_over(output: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and path not in complete)
 
 
+@pytest.mark.slow
 def test_a_run_changes_its_shape_again_and_again(corpus: str, whole: list[dict[str, Any]], stopped: Path) -> None:
     for shape in [(1, 1, 3), (4, 2, 2)]:
         run(corpus, stopped, shape, {"checkpoint.resume": "must", "training.stop_after_minutes": 1e-9})

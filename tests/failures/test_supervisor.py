@@ -174,7 +174,13 @@ def test_a_signal_that_comes_too_early_for_the_processes_ends_the_run_too(
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGTERM, 75), (signal.SIGINT, 130)]
+    ("number", "status"),
+    [
+        (signal.SIGUSR1, 75),
+        pytest.param(signal.SIGUSR2, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),
+        (signal.SIGINT, 130),
+    ],
 )
 def test_a_signal_in_the_pause_before_a_restart_ends_the_run(
     tmp_path: Path, number: signal.Signals, status: int

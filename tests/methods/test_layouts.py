@@ -69,7 +69,7 @@ def overrides_of(moe: dict[str, Any], prefix: str = "model.moe") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moe", CASES.values(), ids=CASES)
 def test_resumed_equals_uninterrupted(moe: dict[str, Any], stage: int, directory: Path) -> None:
     """Bit for bit, on two ranks that share the experts, from a checkpoint in the middle: after step 3 of 6."""
