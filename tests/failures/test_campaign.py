@@ -119,8 +119,8 @@ def test_a_process_that_dies_is_named_by_the_others(
     assert_goes_on(corpus, tmp_path, reference(shape), shape)
 
 
-STANDSTILLS = [
-    pytest.param(kind, rank, shape, marks=() if (kind, rank, shape) == ("sleep", 1, "2 ranks") else slow)
+STANDSTILLS = [  # each waits for the watchdog
+    pytest.param(kind, rank, shape, marks=slow)
     for kind in (SIGNALS["SIGSTOP"], "sleep", "all_to_all")
     for shape in SHAPES
     for rank in ((0, 1) if kind == SIGNALS["SIGSTOP"] else (1,))
