@@ -66,8 +66,8 @@ class Budget:
 
 
 BUDGETS = {
-    # About two hours on one core: 4.1M bytes of pre-training, a few epochs of texts cut to 128 bytes. At a learning rate
-    # of 1e-3 fine-tuning stays near chance.
+    # About two hours on one core: 4.1M bytes of pre-training, a few epochs of texts cut to 128 bytes. At a learning
+    # rate of 1e-3 fine-tuning stays near chance.
     "small": Budget(
         ROOT / "configs" / "enwik8_two_cores.yaml",
         (
