@@ -182,7 +182,7 @@ def make_table(options: argparse.Namespace) -> None:
         options.table,
         runs=options.runs,
         jobs=options.jobs,
-        rows=options.rows.split(",") if options.rows else None,
+        rows=[row.strip() for row in options.rows.split(",")] if options.rows else None,
         epochs=options.epochs,
         source=options.source,
         output=options.output,

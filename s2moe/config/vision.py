@@ -202,6 +202,7 @@ class VisionRunConfig(Run):
 
     def __post_init__(self) -> None:
         self.check_name()
+        require(self.seed >= 0, "seed", "must not be negative", self.seed)
         self.model = resolve_model(self.model)
 
     def open_images(self) -> ImageSet:

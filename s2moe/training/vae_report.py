@@ -28,24 +28,6 @@ REPORT_FILE = "vae_report.json"
 TSNE_POINTS = 2_000
 SHOWN_EXPERTS, SHOWN_IMAGES = 12, 8
 
-# Squared error of a test image after 20 epochs on all of QuickDraw's five shapes, by ACTIVE experts: mean, standard
-# deviation and number of runs, from the authors' published results (Nikolic et al. 2025).
-PUBLISHED_SUPERVISED = (16.561, 0.098, 5)  # five experts, one a class
-PUBLISHED_UNSUPERVISED = {
-    1: (17.719, 0.145, 8),
-    2: (17.013, 0.200, 12),
-    3: (16.601, 0.149, 8),
-    4: (16.266, 0.100, 13),
-    5: (15.957, 0.109, 7),
-    6: (15.911, 0.228, 2),
-    7: (15.689, 0.059, 2),
-    8: (16.362, 1.114, 3),
-    9: (15.877, 0.111, 3),
-    10: (16.017, 0.492, 3),
-    12: (15.771, 0.095, 2),
-    17: (15.801, 0.404, 2),
-}
-
 
 @dataclass(frozen=True)
 class Latents:

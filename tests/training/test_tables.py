@@ -144,6 +144,13 @@ def test_finished_runs_are_kept_and_missing_ones_made_again(made: Path, small: s
     assert [row["error"] for row in written(made)] == [row["error"] for row in rows]
 
 
+def test_a_few_rows_or_seeds_do_not_replace_the_others(made: Path, small: str) -> None:
+    before, rows = (made / "table.md").read_text(encoding="utf-8"), written(made)
+    run_table(small, runs=1, rows=["attentive"], output=str(made.parent))
+    assert (made / "table.md").read_text(encoding="utf-8") == before
+    assert written(made) == rows
+
+
 @pytest.mark.slow
 def test_two_workers_train_as_one_does(made: Path, small: str, tmp_path: Path) -> None:
     both = run_table(small, jobs=2, rows=["distilled"], output=str(tmp_path))  # and what it comes after
@@ -201,6 +208,28 @@ def test_a_misspelt_key_of_a_table_names_the_nearest(tmp_path: Path) -> None:
         read_table(str(path))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("figure: error, lower", "figur: error, lower", r"orders\[0\]: unknown key 'figur', did you mean 'figure'"),
+        (", higher: distilled}", "}", r"orders\[0\]: has no higher"),
+        (
+            "h_s: .5}",
+            "h_s: [.5]}",
+            r"rows.attentive.published.h_s: expected a mean, or \[mean, deviation\], got \[0.5\]",
+        ),
+        ("title: small", "", "a table has title, figures and rows"),
+        ("details: true", "gathered: {by: h_s}", "gathered: expected by, figure, rows, published, got by"),
+    ],
+)
+def test_other_mistakes_of_a_table_name_their_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    assert old in SMALL
+    path.write_text(SMALL.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        read_table(str(path))
+
+
 def test_where_a_run_lies_is_none_of_its_settings(small: str, tmp_path: Path) -> None:
     here, there = (plan_runs(read_table(small), tmp_path / name, 1) for name in ("here", "there"))
     assert [settings_of(stage.config) for chain in here for stage in chain] == [
@@ -222,6 +251,24 @@ def test_training_figures_are_of_the_last_epoch() -> None:
         {"step": 20, "epoch": 2.0, "train/error": 0.1},
     ]
     assert over_last_epoch(events, "train/error") == pytest.approx((4 * 0.5 + 6 * 0.1) / 10)
+
+
+def test_runs_are_gathered_by_what_came_out_of_them() -> None:
+    table = read_table("vae")
+
+    def of(row: str, seed: int, active: float, recon: float) -> Run:
+        return Run(row, seed, {"active_experts": active, "recon": recon}, {})
+
+    runs = [
+        of("experts_5", 1, 3, 17.0),
+        of("experts_10", 1, 3, 18.0),
+        of("one", 1, 1, 20.0),
+        of("supervised", 1, 3, 9.0),
+    ]
+    text = results.to_markdown(table, runs, "how")
+    assert "| 3 | 2 | 17.500 ± 0.707 | 16.601 ± 0.149 | 8 |" in text
+    assert "| 1 | 1 | 20.000 | 17.719 ± 0.145 | 8 |" in text
+    assert "| 17 | 0 |  | 15.801 ± 0.404 | 2 |" in text
 
 
 def test_a_claim_may_compare_two_figures() -> None:

@@ -22,7 +22,7 @@ from s2moe.training.agreement import changed_settings
 from s2moe.training.details import REPORT_TEXT
 from s2moe.training.vision import EVALUATION_FILE, read_evaluation
 
-from .spec import Numbers, Order, Stage, Table
+from .spec import Gathered, Numbers, Order, Stage, Table
 
 SETTINGS_FILE = "table.yaml"  # what the table asked of a run
 ELSEWHERE = {"data": ("source", "dir"), "training": ("timeout_minutes",)}  # settings that do not change a result
@@ -145,6 +145,8 @@ def to_markdown(table: Table, runs: Sequence[Run], how: str) -> str:
     for figure, name in table.figures.items():
         if any(figure in numbers(found, table.figures) for found in by_row.values()):
             lines += _figure_table(table, by_row, figure, name)
+    if table.gathered is not None:
+        lines += _gathered(table, table.gathered, runs)
     if table.orders:
         lines += _orders(table, by_row)
     notes = [f"- {row.label}: {row.note.strip()}" for row in table.rows if row.note]
@@ -178,6 +180,24 @@ def _figure_table(table: Table, by_row: Mapping[str, Sequence[Run]], figure: str
             best = min(trained, key=lambda run: run.figures["train_error"], default=None)
             cells.append("" if best is None else f"{best.figures['error']:.4f}")
         cells += [_text(row.published.get(figure)), _text(row.corrected.get(figure))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _gathered(table: Table, gathered: Gathered, runs: Sequence[Run]) -> list[str]:
+    by, figure = (table.figures.get(name, name) for name in (gathered.by, gathered.figure))
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        if run.row in gathered.rows and {gathered.by, gathered.figure} <= run.figures.keys():
+            found.setdefault(round(run.figures[gathered.by]), []).append(run.figures[gathered.figure])
+    if not found:
+        return []
+    lines = [f"**{figure}, by {by}**", "", f"| {by} | n | here: mean ± sd | published | n |", "|" + " --- |" * 5]
+    for value in sorted({*found, *gathered.published}):
+        here = found.get(value, [])
+        *published, count = gathered.published.get(value, (math.nan, math.nan, ""))
+        cells = [str(value), str(len(here)), _text(mean_and_deviation(here) if here else None)]
+        cells += [_text((published[0], published[1])) if count else "", str(count)]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def run_table(
         ConfigError, CorpusError: the table, a setting or the data does not allow it.
         TrainingError: runs failed; the table holds the others.
     """
-    table = read_table(name).chosen(rows)
+    whole = read_table(name)
+    table = whole.chosen(rows)
     runs = table.runs if runs is None else runs
     for value, key in ((runs, "--runs"), (jobs, "--jobs")):
         if value < 1:
@@ -66,8 +68,10 @@ def run_table(
         print("\n".join(f"  {stage.label}" for chain in missing for stage in chain))
         return directory
     failed = train_missing(missing, jobs, directory) if left else []
-    finished = [chain[-1] for chain in chains if all(map(results.is_finished, chain))]
-    head = how(table, runs, epochs, overrides, stages)
+    found = every_chain(whole, directory, max(runs, whole.runs), epochs, source, overrides) or chains
+    finished = [chain[-1] for chain in found if all(map(results.is_finished, chain))]
+    table = whole.chosen([*{stage.row: None for stage in finished}, *(row.name for row in table.rows)])
+    head = how(table, finished, epochs, overrides)
     write(table, finished, directory, head)
     if table.details and report_on_first(finished):
         write(table, finished, directory, head)
@@ -169,9 +173,22 @@ class Progress:
             self._bar.close()
 
 
-def how(table: Table, runs: int, epochs: float | None, overrides: Sequence[str], stages: Sequence[Stage]) -> str:
+def every_chain(
+    table: Table, directory: Path, runs: int, epochs: float | None, source: str | None, overrides: Sequence[str]
+) -> list[list[Stage]]:
+    """The runs with these settings of all of the table's rows, so that a few rows or seeds do not replace what is
+    written of the others; none where the settings do not suit every row."""
+    try:
+        chains = plan_runs(table, directory, runs, epochs, source, overrides)
+    except ConfigError:
+        return []
+    return [chain for chain in chains if not any(map(results.changed_since, chain))]
+
+
+def how(table: Table, finished: Sequence[Stage], epochs: float | None, overrides: Sequence[str]) -> str:
     """What was run, for the head of the table."""
-    sets = sorted({stage.config.data.name for stage in stages})
+    sets = sorted({stage.config.data.name for stage in finished})
+    runs = max(Counter(stage.row for stage in finished).values(), default=0)
     length = "the published number of epochs" if epochs is None else f"{epochs:g} epochs a stage"
     changes = f", {' '.join(overrides)}" if overrides else ""
     fewer = sum(row.runs is not None and row.runs < runs for row in table.rows)

@@ -17,6 +17,8 @@
         stages: [{init: {stage: distil}}]
     orders:                         claims to look at
       - {claim: "attentive gating is sharper", figure: h_s, lower: attentive, higher: vanilla}
+    gathered:                       runs of several rows by what came out of them
+      {by: active_experts, figure: recon, rows: [one, two], published: {1: [17.7, .1, 8]}}      mean, deviation, runs
     details: true                   a report on the first run of each row (training/details)
 
 A stage may have `by_seed`, a list of settings that runs take in turn. A stage after another one begins with its
@@ -26,7 +28,7 @@ weights. Every key is checked before anything is trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from s2moe.options import deep_merge, nearest
 FOLDER = Path(__file__).resolve().parents[3] / "configs" / "vision" / "tables"
 ROW_KEYS = ("label", "runs", "after", "base", "stages", "published", "corrected", "note")
 BY_SEED = "by_seed"
-TABLE_KEYS = ("title", "runs", "seeds", "figures", "base", "rows", "orders", "note", "boxes", "details")
+TABLE_KEYS = ("title", "runs", "seeds", "figures", "base", "rows", "orders", "gathered", "note", "boxes", "details")
 
 Numbers = dict[str, tuple[float, float | None]]  # mean and deviation by figure
 
@@ -76,6 +78,16 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Runs of several rows by the value of a figure that came out of them, a whole number."""
+
+    by: str
+    figure: str
+    rows: tuple[str, ...]
+    published: dict[int, tuple[float, float, int]]  # mean, deviation and number of runs, by that value
+
+
+@dataclass(frozen=True)
 class Table:
     """A published table."""
 
@@ -89,6 +101,7 @@ class Table:
     note: str = ""
     details: bool = False  # whether the first run of each row gets a report of its own
     seeds: tuple[int, ...] = ()  # of the first run, the second, ...; empty: 1, 2, ...
+    gathered: Gathered | None = None
 
     def row(self, name: str) -> Row:
         """The row called `name`."""
@@ -166,7 +179,9 @@ def read_table(name: str) -> Table:
         raise ConfigError(f"table {name}: seeds: must be different whole numbers, not negative: {list(seeds)}")
     if seeds and len(seeds) < runs:
         raise ConfigError(f"table {name}: seeds: must be at least as many as its {runs} runs, not {len(seeds)}")
-    orders = tuple(Order(**order) for order in tree.get("orders") or ())
+    orders = tuple(
+        _order(order, f"table {name}: orders[{place}]") for place, order in enumerate(tree.get("orders") or ())
+    )
     for order in orders:
         for row_name in (order.lower, order.higher):
             if row_name not in known:
@@ -182,6 +197,7 @@ def read_table(name: str) -> Table:
         tree.get("note", ""),
         bool(tree.get("details", False)),
         seeds,
+        _gathered(tree["gathered"], known, f"table {name}: gathered") if "gathered" in tree else None,
     )
 
 
@@ -191,7 +207,7 @@ def _read(name: str) -> dict[str, Any]:
         known = table_names()
         raise ConfigError(f"--table: there is no table {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or "figures" not in tree:
+    if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or not {"title", "figures"} <= tree.keys():
         raise ConfigError(f"{path}: a table has title, figures and rows")
     return tree
 
@@ -212,8 +228,8 @@ def _row(name: str, tree: Mapping[str, Any], base: Mapping[str, Any], where: str
         tree.get("label", name),
         tuple(stages),
         tree.get("after"),
-        _numbers(tree.get("published")),
-        _numbers(tree.get("corrected")),
+        _numbers(tree.get("published"), f"{where}.published"),
+        _numbers(tree.get("corrected"), f"{where}.corrected"),
         tree.get("note", ""),
         None if tree.get("runs") is None else _count(tree["runs"], f"{where}.runs"),
     )
@@ -225,11 +241,37 @@ def _count(value: Any, where: str) -> int:
     return value
 
 
-def _numbers(tree: Mapping[str, Any] | None) -> Numbers:
-    return {
-        name: (float(value[0]), float(value[1])) if isinstance(value, list) else (float(value), None)
-        for name, value in (tree or {}).items()
-    }
+def _order(tree: Mapping[str, Any], where: str) -> Order:
+    names = [item.name for item in fields(Order)]
+    _check(tree, names, where)
+    missing = [name for name in names if name not in tree and name != "figure_of_higher"]
+    if missing:
+        raise ConfigError(f"{where}: has no {', '.join(missing)}")
+    return Order(**tree)
+
+
+def _gathered(tree: Mapping[str, Any], known: Sequence[str], where: str) -> Gathered:
+    names = [item.name for item in fields(Gathered)]
+    _check(tree, names, where)
+    if set(tree) != set(names):
+        raise ConfigError(f"{where}: expected {', '.join(names)}, got {', '.join(tree)}")
+    for row in tree["rows"]:
+        if row not in known:
+            raise ConfigError(f"{where}: there is no row {row!r}{nearest(row, known)}")
+    published = {int(value): (float(mean), float(sd), int(n)) for value, (mean, sd, n) in tree["published"].items()}
+    return Gathered(tree["by"], tree["figure"], tuple(tree["rows"]), published)
+
+
+def _numbers(tree: Mapping[str, Any] | None, where: str) -> Numbers:
+    found: Numbers = {}
+    for name, value in (tree or {}).items():
+        given = value if isinstance(value, list) else [value, None]
+        try:
+            mean, deviation = given
+            found[name] = float(mean), None if deviation is None else float(deviation)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{where}.{name}: expected a mean, or [mean, deviation], got {value!r}") from None
+    return found
 
 
 def _check(tree: Mapping[str, Any], known: Sequence[str], where: str) -> None:
