@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare trained models: with fewer experts per token than trained, or run against run.
 
-python launcher/compare.py slim --checkpoint runs/enwik8-s2moe --data data/enwik8
+python launcher/compare.py slim --checkpoint runs/enwik8-s2moe-flop-matched --data data/enwik8
 python launcher/compare.py slim --checkpoint runs/s2moe runs/smoe --data data/enwik8 --out runs/slim
 python launcher/compare.py runs runs/s2moe runs/smoe --out runs/comparison
 
@@ -29,7 +29,7 @@ prepare_environment()
 SLIM = """\
 What does a model lose with fewer experts per token, and what does it save?
 
-python launcher/compare.py slim --checkpoint runs/enwik8-s2moe --data data/enwik8
+python launcher/compare.py slim --checkpoint runs/enwik8-s2moe-flop-matched --data data/enwik8
 python launcher/compare.py slim --checkpoint runs/s2moe runs/smoe --data data/enwik8 --out runs/slim \\
     --experts-per-token 1,2,4,8 --max-symbols 500000 --repeats 30
 

@@ -68,7 +68,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     upcycle.add_argument(
         "--noise", type=float, default=0.0, help="what copies are told apart by, relative (default: 0)"
     )
-    if not arguments or (arguments[0] not in FORMS and arguments[0] not in ("-h", "--help")):
+    upcycle.add_argument("--seed", type=int, default=1, help="of new routers and of the noise (default: 1)")
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["weights", *arguments]
     return parser.parse_args(arguments)
 
@@ -95,6 +96,9 @@ def convert(options: argparse.Namespace) -> Path:
             return directories.import_directory(options.model, options.out)
         if options.form == "to-transformers":
             return directories.export_directory(options.model, options.out)
+        import torch
+
+        torch.manual_seed(options.seed)
         names = ("method", "experts", "experts_per_token", "every", "first_dense", "slices", "noise")
         settings = {name: getattr(options, name) for name in names}
         return directories.upcycle_directory(options.model, options.out, **settings)

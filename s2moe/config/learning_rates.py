@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from s2moe.options import option
 
 HEADS = ("score.", "lm_head.")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")  # h: GPT-2's
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe)\.")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class LearningRates:
             layer = _LAYER.search(name)
             if layer is not None:
                 return self.layer_decay ** (num_layers - 1 - int(layer[1]))
-            if "embed_tokens." in name:
+            if _EMBEDDING.search(name):
                 return self.embedding * self.layer_decay**num_layers
             return self.head if any(head in name for head in HEADS) else 1.0
 

@@ -174,7 +174,7 @@ class S2MoETrainerMixin(Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, every process' experts included, for ``from_pretrained``. Collective."""
-        if not self.is_deepspeed_enabled or is_adapter(self.model):
+        if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
             return
         state = gather_state(self.model)
@@ -271,6 +271,11 @@ def check_arguments(trainer: Any) -> None:
         raise ConfigError("FSDP is not supported with this project's experts: use DeepSpeed, whose ZeRO 3 is its like")
     if not trainer.is_deepspeed_enabled:
         return
+    if is_adapter(model):
+        raise ConfigError(
+            "LoRA under DeepSpeed is not supported: its engine looks for experts that are trained, and would average "
+            "adapters of different ones. Train it in one process, or in several without DeepSpeed"
+        )
     deepspeed_compat.check_version()
     settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
     stage = settings.get("zero_optimization", {}).get("stage", 0)

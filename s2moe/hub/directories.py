@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -37,11 +38,20 @@ def export_directory(source: Path, target: Path) -> Path:
     return _convert(source, target, to_transformers, "converted from")
 
 
+def require_language_model(directory: Path) -> None:
+    """ValueError if this directory has another model: transformers would load it with a random head."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kinds = config.get("architectures") or []
+    if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+        raise ValueError(f"{directory} has a {kinds[0]}, which is no language model")
+
+
 def _convert(source: Path, target: Path, change: Callable[[PreTrainedModel], PreTrainedModel], how: str) -> Path:
     if target.exists():
         raise ValueError(f"{target} exists: give another directory")
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is no Hugging Face directory: it has no config.json")
+    require_language_model(source)
     made = change(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)

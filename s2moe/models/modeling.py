@@ -5,6 +5,7 @@ Legend: B batch, S sequence, T = B S tokens, D model, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +130,21 @@ class S2MoEPreTrainedModel(WithoutReentrance, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
             module.reset_parameters(self.config.initializer_range)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """transformers' own.
+
+        Raises:
+            ValueError: the experts are dealt to several processes, and no ``state_dict`` has them all.
+        """
+        if len(args) < 2 and kwargs.get("state_dict") is None:
+            degree = max((layer.parallel.size for layer in self.modules() if isinstance(layer, SMoELayer)), default=1)
+            if degree > 1:
+                raise ValueError(
+                    f"this process has 1/{degree} of the experts, and would save those alone: use "
+                    "s2moe.finetuning.loading.save_pretrained(model, directory), which gathers them, on all processes"
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
         """``s2moe.moe.feedback.update_routers`` of this model."""

@@ -382,6 +382,14 @@ class EngineMoELayer(AutoEPMoELayer):
         tag_parameters(self)
 
 
+def stacked_experts(layer: EngineMoELayer) -> Any:
+    """The layer's experts (moe/experts.py), inside of what PEFT may have wrapped around them."""
+    experts: Any = layer.experts
+    while hasattr(experts, "base_layer"):
+        experts = experts.base_layer
+    return experts
+
+
 def tag_parameters(model: nn.Module) -> None:
     """Mark every expert parameter of ``model`` as DeepSpeed wants it. Idempotent.
 
@@ -391,7 +399,8 @@ def tag_parameters(model: nn.Module) -> None:
         if not isinstance(layer, EngineMoELayer):
             continue
         placement = layer.expert_placement_descriptor
-        for parameter in (layer.experts.w1, layer.experts.w2, layer.experts.w3):
+        experts = stacked_experts(layer)
+        for parameter in (experts.w1, experts.w2, experts.w3):
             if hasattr(parameter, DS_AUTOEP_UC_META):
                 continue
             parameter.allreduce = False
@@ -524,5 +533,5 @@ def optimizer_groups(
 
 def frozen_experts(model: nn.Module) -> list[nn.Parameter]:
     """The weights of the experts that moe/freezing.py froze."""
-    layers = [layer for layer in model.modules() if isinstance(layer, EngineMoELayer) and layer.experts.frozen]
-    return [parameter for layer in layers for parameter in layer.experts.parameters()]
+    stacks = [stacked_experts(layer) for layer in model.modules() if isinstance(layer, EngineMoELayer)]
+    return [parameter for experts in stacks if experts.frozen for parameter in experts.parameters()]

@@ -20,7 +20,7 @@ from s2moe.moe.routing import Routing
 
 from .quiet import no_progress_bars
 from .standalone import find_device
-from .weights import find_weights, load_weights
+from .weights import check_language_model, find_weights, load_weights
 
 RESET = "\x1b[0m"
 
@@ -68,6 +68,7 @@ def load_model_and_tokenizer(path: Path, data: Path | None) -> tuple[Any, Any]:
         if corpus.tokenizer.fingerprint() != weights.tokenizer:
             raise ConfigError(f"{weights.description} was trained with another tokenizer than that of {corpus.name}")
         return load_weights(weights), S2MoETokenizer(corpus.tokenizer)
+    check_language_model(weights.hf)
     with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
     if not hasattr(model.config, "moe_config"):

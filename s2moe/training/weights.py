@@ -18,6 +18,7 @@ from torch import Tensor
 from s2moe.config.options import ConfigError
 from s2moe.data import load_tokenizer
 from s2moe.data.tokenizer_base import TOKENIZER_FILE
+from s2moe.hub.directories import require_language_model
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.parallel.deepspeed_compat import REST, CheckpointFileError, load_file, to_universal, universal_weights
@@ -81,9 +82,18 @@ def load_run_weights(path: Path) -> S2MoEForCausalLM:
     return load_weights(find_weights(path))
 
 
+def check_language_model(hf: Path) -> None:
+    """ConfigError where a Hugging Face directory has a classifier, or another model with no language model's head."""
+    try:
+        require_language_model(hf)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def load_weights(weights: Weights) -> S2MoEForCausalLM:
     """The model with these weights, on the CPU, in evaluation mode."""
     if weights.hf is not None:
+        check_language_model(weights.hf)
         with no_progress_bars():
             return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
     assert weights.checkpoint is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -232,6 +233,29 @@ def test_freezing(tmp_path: Path, source: Path, freeze: str, moved: tuple[bool, 
     made.train()
     changed = tuple(not part.equal(old) for part, old in zip(parts, before, strict=True))
     assert changed == (*moved, True)
+
+
+@pytest.mark.parametrize("parameters", [None, ["experts.w1", "experts.w2"]])
+def test_an_adapter_is_trained_alone(tmp_path: Path, source: Path, parameters: list[str] | None) -> None:
+    model = load_pretrained(S2MoEForCausalLM, source)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters, task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, lora)
+    before = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters()}
+    routing = RoutingCallback(write=False)
+    S2MoETrainer(model=tuned, args=arguments(tmp_path), train_dataset=Lines(), routing=routing).train()
+    moved = {name for name, parameter in tuned.named_parameters() if not parameter.equal(before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    assert any("experts" in name for name in moved) is (parameters is not None)
+
+
+def test_the_learning_rates_of_gpt2(tmp_path: Path) -> None:
+    """Its blocks and embeddings have other names."""
+    factor = LearningRates(head=2.0, layer_decay=0.5, embedding=0.1).factors(2)
+    names = ("transformer.h.0.moe.router.scores.weight", "transformer.h.1.attn.c_attn.weight", "lm_head.weight")
+    assert [factor(name) for name in names] == [0.5, 1.0, 2.0]
+    for name in ("transformer.wte.weight", "transformer.wpe.weight", "model.embed_tokens.weight"):
+        assert factor(name) == pytest.approx(0.025)
 
 
 def test_discriminative_learning_rates(tmp_path: Path, source: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -216,3 +217,16 @@ def refusals(source: str, output: str) -> dict[str, str]:
             found[name] = str(error)
         AcceleratorState._reset_state()
     return found
+
+
+def refused_lora(source: str, output: str) -> str:
+    """The error of an adapter under DeepSpeed."""
+    settings = {"deepspeed": deepspeed_settings(1), "accelerator_config": cpu_processes()["accelerator_config"]}
+    args = arguments(output, **settings)
+    model = load_pretrained(S2MoEForCausalLM, source, deepspeed_compat.expert_parallel(1))
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    try:
+        S2MoETrainer(model=tuned, args=args, train_dataset=Texts())
+    except ConfigError as error:
+        return str(error)
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,10 +12,16 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launcher import export
+from s2moe import S2MoEForSequenceClassification
+from s2moe.config import ConfigError
 from s2moe.data import ByteTokenizer
 from s2moe.hub import save_tokenizer
 from s2moe.hub.card import source_commit, write_card
 from s2moe.hub.directories import export_directory, import_directory, upcycle_directory
+from s2moe.moe.layer import SMoELayer
+from s2moe.training.generation import load_model_and_tokenizer
+from s2moe.training.weights import load_run_weights
 from tests.hub.foreign import foreign, ids
 from tests.models.decoder import tiny
 from tests.training.jobs import tiny_corpus
@@ -59,6 +66,46 @@ def test_a_directory_that_cannot_be_converted_leaves_nothing(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="slices must divide"):
         upcycle_directory(tmp_path / "dense", tmp_path / "out", slices=5)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
+    """transformers would give it a random head, with a warning."""
+    S2MoEForSequenceClassification(tiny(num_labels=3).config).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match="has a S2MoEForSequenceClassification, which is no language model"):
+        export_directory(tmp_path / "classifier", tmp_path / "out")
+    with pytest.raises(ConfigError, match="which is no language model"):
+        load_run_weights(tmp_path / "classifier")
+    with pytest.raises(ConfigError, match="which is no language model"):
+        load_model_and_tokenizer(tmp_path / "classifier", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["classifier"]
+
+
+def test_a_part_of_the_experts_is_not_saved_as_a_model(tmp_path: Path) -> None:
+    model = tiny()
+    for layer in model.modules():
+        if isinstance(layer, SMoELayer):
+            layer.parallel = dataclasses.replace(layer.parallel, size=2)
+    with pytest.raises(ValueError, match="this process has 1/2 of the experts"):
+        model.save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_upcycles_alike_for_the_same_seed(tmp_path: Path) -> None:
+    foreign("llama", vocab_size=256).save_pretrained(tmp_path / "dense")
+    routers = []
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        words = ["upcycle", "--model", str(tmp_path / "dense"), "--out", str(tmp_path / name), "--experts", "4"]
+        export.main([*words, "--noise", "0.1", "--seed", str(seed)])
+        state = load(tmp_path / name).state_dict()
+        routers.append([value for key, value in state.items() if "router" in key or "experts" in key])
+    assert all(map(torch.equal, routers[0], routers[1]))
+    assert not any(map(torch.equal, routers[0], routers[2]))
+
+
+def test_a_misspelt_form_of_the_command_names_the_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.parse(["upcycl", "--model", "dense", "--out", "out"])
+    assert "'upcycl'" in capsys.readouterr().err
 
 
 def test_the_card_of_a_run_says_what_was_done(tmp_path: Path) -> None:
