@@ -66,7 +66,7 @@ class Budget:
 
 
 BUDGETS = {
-    # About four hours on one core: 4.1M bytes of pre-training, few epochs of texts cut to 128 bytes. At a learning
+    # Some hours on one core: 4.1M bytes of pre-training, few epochs of texts cut to 128 bytes. At a learning
     # rate of 1e-3 fine-tuning stays near chance.
     "small": Budget(
         ROOT / "configs" / "enwik8_two_cores.yaml",

@@ -29,7 +29,7 @@ from transformers.utils import is_peft_available
 
 from s2moe.config.learning_rates import LearningRates
 from s2moe.config.options import ConfigError
-from s2moe.moe.layer import SMoELayer
+from s2moe.moe.layer import expert_degree
 from s2moe.parallel import deepspeed_compat
 from s2moe.training.errors import TrainingError
 from s2moe.training.export import gather_state
@@ -290,11 +290,6 @@ def check_arguments(trainer: Any) -> None:
             "DeepSpeed's own optimizer knows neither frozen experts nor learning rates by depth: take `optimizer` out "
             "of the DeepSpeed configuration, and the Trainer makes one"
         )
-
-
-def expert_degree(model: nn.Module) -> int:
-    """Over how many processes the model's experts are dealt."""
-    return max((layer.parallel.size for layer in model.modules() if isinstance(layer, SMoELayer)), default=1)
 
 
 def is_adapter(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from s2moe.models.recomputation import WithoutReentrance
 from s2moe.moe.experts import Experts
 from s2moe.moe.feedback import update_routers
 from s2moe.moe.history import History
-from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer
+from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer, expert_degree
 from s2moe.moe.momentum import MomentumState, build_momentum
 from s2moe.moe.regularisers import Regularisers
 from s2moe.moe.routers import LinearScores, Router
@@ -138,7 +138,7 @@ class S2MoEPreTrainedModel(WithoutReentrance, PreTrainedModel):
             ValueError: the experts are dealt to several processes, and no ``state_dict`` has them all.
         """
         if len(args) < 2 and kwargs.get("state_dict") is None:
-            degree = max((layer.parallel.size for layer in self.modules() if isinstance(layer, SMoELayer)), default=1)
+            degree = expert_degree(self)
             if degree > 1:
                 raise ValueError(
                     f"this process has 1/{degree} of the experts, and would save those alone: use "

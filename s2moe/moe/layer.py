@@ -139,3 +139,8 @@ def build_layer(config: MoEConfig, hidden_size: int, layer: int, parallel: Exper
     elif config.competition.enabled:
         cls = CompetitiveSMoELayer
     return cls(config, hidden_size, layer, parallel)
+
+
+def expert_degree(model: nn.Module) -> int:
+    """Over how many processes the model's experts are dealt."""
+    return max((layer.parallel.size for layer in model.modules() if isinstance(layer, SMoELayer)), default=1)

@@ -105,7 +105,9 @@ def test_the_command_upcycles_alike_for_the_same_seed(tmp_path: Path) -> None:
 def test_a_misspelt_form_of_the_command_names_the_forms(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         export.parse(["upcycl", "--model", "dense", "--out", "out"])
-    assert "'upcycl'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'upcycl'" in said
+    assert "to-transformers" in said
 
 
 def test_the_card_of_a_run_says_what_was_done(tmp_path: Path) -> None:

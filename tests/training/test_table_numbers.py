@@ -303,9 +303,8 @@ def test_preset_splits_are_the_published_ones(tmp_path: Path) -> None:
 
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
-NOTED = (
-    "5 %: 22.085 (3 active)|10 %: 19.278 (6)|20 %: 17.496 (8)|40 %: 16.545 (8)"  # the lowest mean of each part of train
-)
+# The lowest mean of each part of train.
+NOTED = "5 %: 22.085 (3 active)|10 %: 19.278 (6)|20 %: 17.496 (8)|40 %: 16.545 (8)"
 BY_ACTIVE = (  # experts: mean, deviation, runs
     "1: 17.719 .145 8|2: 17.013 .200 12|3: 16.601 .149 8|4: 16.266 .100 13|5: 15.957 .109 7|6: 15.911 .228 2|"
     "7: 15.689 .059 2|8: 16.362 1.114 3|9: 15.877 .111 3|10: 16.017 .492 3|12: 15.771 .095 2|17: 15.801 .404 2"

@@ -220,6 +220,11 @@ def test_a_misspelt_key_of_a_table_names_the_nearest(tmp_path: Path) -> None:
         ),
         ("title: small", "", "a table has title, figures and rows"),
         ("details: true", "gathered: {by: h_s}", "gathered: expected by, figure, rows, published, got by"),
+        (
+            "details: true",
+            "gathered: {by: h_s, figure: error, rows: [attentive], published: {1: [.1, .2]}}",
+            r"gathered.published: expected value: \[mean, deviation, runs\]",
+        ),
     ],
 )
 def test_other_mistakes_of_a_table_name_their_place(tmp_path: Path, old: str, new: str, message: str) -> None:

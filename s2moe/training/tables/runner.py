@@ -116,8 +116,9 @@ def train_missing(chains: Sequence[Sequence[Stage]], jobs: int, directory: Path)
     """
     for stage in (stage for chain in chains for stage in chain):
         stage.config.directory.mkdir(parents=True, exist_ok=True)
-        text = to_yaml(results.settings_of(stage.config))
-        (stage.config.directory / results.SETTINGS_FILE).write_text(text, encoding="utf-8")
+        file = stage.config.directory / results.SETTINGS_FILE
+        if not file.exists():  # otherwise `check` found it to be the same
+            file.write_text(to_yaml(results.settings_of(stage.config)), encoding="utf-8")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, _interrupt)
     failed: list[Outcome] = []

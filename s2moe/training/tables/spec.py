@@ -258,7 +258,12 @@ def _gathered(tree: Mapping[str, Any], known: Sequence[str], where: str) -> Gath
     for row in tree["rows"]:
         if row not in known:
             raise ConfigError(f"{where}: there is no row {row!r}{nearest(row, known)}")
-    published = {int(value): (float(mean), float(sd), int(n)) for value, (mean, sd, n) in tree["published"].items()}
+    try:
+        published = {int(value): (float(mean), float(sd), int(n)) for value, (mean, sd, n) in tree["published"].items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigError(
+            f"{where}.published: expected value: [mean, deviation, runs], got {tree['published']}"
+        ) from None
     return Gathered(tree["by"], tree["figure"], tuple(tree["rows"]), published)
 
 
