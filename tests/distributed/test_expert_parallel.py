@@ -89,6 +89,7 @@ def test_four_ranks_with_two_copies_of_the_experts() -> None:
             assert result[shape]["norms"] == pytest.approx(reference["norms"], rel=2e-4), shape
 
 
+@pytest.mark.slow
 def test_half_precision_does_not_depend_on_the_layout() -> None:
     """bf16 runs through other classes of DeepSpeed. Rounding differs by layout, the training does not."""
     half = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

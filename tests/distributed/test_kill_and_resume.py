@@ -100,6 +100,7 @@ def test_killed_while_writing_a_checkpoint(
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_until_done(corpus: str, uninterrupted: Path, tmp_path: Path) -> None:
     moments = random.Random(1)
     kills = 0

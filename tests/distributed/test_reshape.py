@@ -306,6 +306,7 @@ def test_converted_ahead_of_time(corpus: str, whole: list[dict[str, Any]], stopp
     assert place == first / "checkpoints" / "universal-step-00000001"
 
 
+@pytest.mark.slow
 def test_the_others_wait_as_long_as_the_first_process_goes_on() -> None:
     first, second = run_distributed(reshape_jobs.wait_for_first, 2, "done")
     assert first == {"progress": 4, "error": None}
