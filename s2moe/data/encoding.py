@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -11,11 +11,22 @@ from torch.utils.data import Dataset
 
 from s2moe.data.classification import Examples
 from s2moe.data.errors import CorpusError
-from s2moe.data.tokenizer_base import Tokenizer
+from s2moe.data.tokenizer_base import Tokens
 from s2moe.data.tokenizers import TEXT8_ALPHABET, CharacterTokenizer
 
 Keep = Literal["first", "last"]
 _DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+class Encoder(Protocol):
+    """A tokenizer, as far as texts with a class need one."""
+
+    @property
+    def kind(self) -> str:
+        """Its name, for people."""
+
+    def encode(self, text: str) -> Tokens:
+        """Token ids [tokens]."""
 
 
 class EncodedTexts(Dataset):
@@ -26,7 +37,7 @@ class EncodedTexts(Dataset):
         keep: which of a longer text's tokens remain.
     """
 
-    def __init__(self, examples: Examples, tokenizer: Tokenizer, length: int, keep: Keep = "first") -> None:
+    def __init__(self, examples: Examples, tokenizer: Encoder, length: int, keep: Keep = "first") -> None:
         self.labels = examples.labels
         self.tokens = [encode_text(tokenizer, text, length, keep) for text in examples.texts]
 
@@ -37,7 +48,7 @@ class EncodedTexts(Dataset):
         return {"input_ids": self.tokens[index], "labels": self.labels[index]}
 
 
-def encode_text(tokenizer: Tokenizer, text: str, length: int, keep: Keep = "first") -> torch.Tensor:
+def encode_text(tokenizer: Encoder, text: str, length: int, keep: Keep = "first") -> torch.Tensor:
     """A text's token ids [tokens], at most ``length`` of them.
 
     Raises:
@@ -50,7 +61,7 @@ def encode_text(tokenizer: Tokenizer, text: str, length: int, keep: Keep = "firs
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def expressible(tokenizer: Tokenizer, text: str) -> str:
+def expressible(tokenizer: Encoder, text: str) -> str:
     """The text in the characters that the vocabulary has.
 
     text8's 27 are reached as its authors did: lower case, digits spelt out, all else a space, never two. Of another

@@ -6,45 +6,44 @@ degree, and under ZeRO 3 too, where transformers would build the model in its ow
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
-from transformers.integrations import deepspeed as hf_deepspeed
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from s2moe.config.options import ConfigError
-from s2moe.models.configuration import S2MoEConfig
-from s2moe.models.modeling import S2MoEPreTrainedModel
+from s2moe.models.zero3 import without_zero3
 from s2moe.options import deep_merge
 from s2moe.parallel import ExpertParallel
 from s2moe.training.export import expert_parameters, gather_state
 from s2moe.training.quiet import no_progress_bars
 from s2moe.training.weights import Weights, checkpoint_config, checkpoint_state, find_weights
 
-Model = TypeVar("Model", bound=S2MoEPreTrainedModel)
 Read = Callable[[range | None], Tensor]  # a tensor, or these rows of it
 
 HEADS = ("lm_head.", "score.")  # each belongs to its own class of model
 
 
 def load_pretrained(
-    cls: type[Model],
+    cls: Any,
     path: Path | str,
     parallel: ExpertParallel | None = None,
     changes: Mapping[str, Any] | None = None,
-) -> Model:
+) -> Any:
     """The model in a Hugging Face directory, run directory or checkpoint as a `cls`, in float32 on the CPU.
 
     What `cls` has no place for of the other head is left out; a head of its own that was not saved is new, drawn
     from torch's generator. Every other weight must be there.
 
     Args:
+        cls: a class of model with SMoE layers, or one of transformers' Auto classes, which finds the weights' own:
+            AutoModelForSequenceClassification, AutoModelForCausalLM.
         parallel: where the experts live; None for a single process.
         changes: of the configuration, nested ones included, e.g. {"num_labels": 5, "moe": {"router":
             {"balance_loss": 0.0}}, "hidden_dropout": 0.1}.
@@ -54,6 +53,7 @@ def load_pretrained(
     """
     weights = find_weights(Path(path))
     config = changed_config(weights, changes or {})
+    cls = _class_for(cls, config, weights)
     with without_zero3():
         model = cls(config, parallel)
     tensors = dict(_tensors(weights))
@@ -67,8 +67,7 @@ def load_pretrained(
                 "noise the gate is gone too, which would change what it computes. Keep the noise"
             )
         unexpected -= gates
-    if config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
+    missing -= set(model.all_tied_weights_keys)
     missing = {name for name in missing if not name.startswith("score.")}
     unexpected = {name for name in unexpected if not name.startswith(HEADS)}
     if missing or unexpected:
@@ -80,24 +79,46 @@ def load_pretrained(
     return model
 
 
-def changed_config(weights: Weights, changes: Mapping[str, Any]) -> S2MoEConfig:
+def _class_for(cls: Any, config: PreTrainedConfig, weights: Weights) -> Any:
+    """The class of model with this configuration that an Auto class stands for."""
+    found = cls._model_mapping.get(type(config), None) if hasattr(cls, "_model_mapping") else cls
+    if found is None or found.config_class is not type(config):
+        raise ConfigError(
+            f"{weights.description} is a model of type {config.model_type!r}, which no {cls.__name__} has: "
+            "AutoModelForSequenceClassification and the like find the class that fits"
+        )
+    return found
+
+
+def changed_config(weights: Weights, changes: Mapping[str, Any]) -> Any:
     """The configuration of these weights with changes. Raises ConfigError for what is impossible."""
     if weights.hf is not None:
-        values = S2MoEConfig.get_config_dict(weights.hf)[0]
+        values = PreTrainedConfig.get_config_dict(weights.hf)[0]
     else:
         assert weights.checkpoint is not None
         values = checkpoint_config(weights.checkpoint).to_dict()
     kind = values.get("model_type")
-    if kind != S2MoEConfig.model_type:
-        raise ConfigError(f"{weights.description} is a model of type {kind!r}, not {S2MoEConfig.model_type!r}")
     try:
-        return S2MoEConfig.from_dict(deep_merge(values, changes))
+        cls: Any = CONFIG_MAPPING[kind]  # its `get` knows nothing of what was registered
+    except KeyError:
+        cls = None
+    if not hasattr(cls, "moe_config"):
+        raise ConfigError(
+            f"{weights.description} is a model of type {kind!r}, which has no SMoE layers of this project: "
+            "`python launcher/export.py upcycle` or `import` make one with them"
+        )
+    try:
+        config = cls.from_dict(deep_merge(values, changes))
     except ValueError as error:
         raise ConfigError(f"{weights.description} with {dict(changes)}: {error}") from error
+    unknown = [name for name in changes if not hasattr(cls(), name)]
+    if unknown:
+        raise ConfigError(f"{weights.description}: a model of type {kind!r} has no {', '.join(unknown)}")
+    return config
 
 
 @torch.no_grad()
-def _load(model: S2MoEPreTrainedModel, tensors: Mapping[str, Read]) -> tuple[set[str], set[str]]:
+def _load(model: PreTrainedModel, tensors: Mapping[str, Read]) -> tuple[set[str], set[str]]:
     """Copy what has a place in the model; names that only the model has, and that only the tensors have."""
     experts = expert_parameters(model)
     counts = {
@@ -145,7 +166,7 @@ def _read(path: Path, name: str, rows: range | None) -> Tensor:
         return file.get_tensor(name) if rows is None else file.get_slice(name)[rows.start : rows.stop]
 
 
-def save_pretrained(model: S2MoEPreTrainedModel, directory: Path | str) -> None:
+def save_pretrained(model: PreTrainedModel, directory: Path | str) -> None:
     """Write the whole model for ``from_pretrained``, experts of all processes and what ZeRO 3 cut up included.
 
     For loops of one's own; S2MoETrainer does it by itself. Collective; process 0 writes.
@@ -156,19 +177,3 @@ def save_pretrained(model: S2MoEPreTrainedModel, directory: Path | str) -> None:
             model.save_pretrained(directory, state_dict=state)
     if dist.is_initialized():
         dist.barrier()
-
-
-@contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Within it, transformers does not know of ZeRO 3, and initialises a model as it always does, on every process.
-
-    With TrainingArguments(deepspeed=...) of stage 3 in scope only rank 0 would. The engine cuts the weights up later.
-    """
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        config = reference() if reference is not None else None
-        if config is not None:
-            hf_deepspeed.set_hf_deepspeed_config(config)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers.training_args
 from transformers import (
+    AutoModelForSequenceClassification,
     EvalPrediction,
     PrinterCallback,
     TrainerCallback,
@@ -26,12 +27,10 @@ from transformers import (
 
 from s2moe.config import ConfigError, load, to_dict, to_yaml
 from s2moe.config.finetune import FinetuneConfig
-from s2moe.data import Corpus, Tokenizer, load_tokenizer
+from s2moe.data import Tokenizer
 from s2moe.data.classification import ClassificationData, load_classification, subset
 from s2moe.data.encoding import EncodedTexts, collate
 from s2moe.hub.card import write_card
-from s2moe.hub.tokenization import save_tokenizer
-from s2moe.models import S2MoEConfig, S2MoEForSequenceClassification
 from s2moe.moe.freezing import freeze_named
 from s2moe.parallel import deepspeed_compat
 from s2moe.training.agreement import together
@@ -42,10 +41,11 @@ from s2moe.training.ranks import from_first
 from s2moe.training.run_log import layer_figures
 from s2moe.training.signals import stop_signal
 from s2moe.training.tensorboard import TensorBoard
-from s2moe.training.weights import Weights, find_weights
+from s2moe.training.weights import find_weights
 
 from .callback import RoutingCallback
 from .loading import changed_config, load_pretrained
+from .tokenizer import TheirTokenizer, save_for_auto, tokenizer_of
 from .trainer import S2MoETrainer, cpu_processes, deepspeed_settings, newest_checkpoint, step_of
 
 RESULTS_FILE = "results.json"
@@ -100,7 +100,7 @@ def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
     args = training_arguments(config, processes, micro_batch)
     parallel = deepspeed_compat.expert_parallel(config.training.expert_parallel)
     torch.manual_seed(config.seed)
-    model = load_pretrained(S2MoEForSequenceClassification, Path(config.model.checkpoint), parallel, changes)
+    model = load_pretrained(AutoModelForSequenceClassification, Path(config.model.checkpoint), parallel, changes)
     freeze_named(model, config.model.freeze)
     routing = RoutingCallback(config.directory / "tensorboard")
     log = MetricsCallback(config.directory, routing, step_of(resume or ""))
@@ -142,14 +142,6 @@ def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
     if processes.is_main:
         write_json(config.directory / RESULTS_FILE, results)
     return FinetuneResult(config.directory, step, results)
-
-
-def tokenizer_of(weights: Weights) -> Tokenizer:
-    """The tokenizer that the weights were pre-trained with. Raises CorpusError where it is not to be found."""
-    if weights.hf is not None:
-        return load_tokenizer(weights.hf)
-    assert weights.checkpoint is not None
-    return Corpus.open(weights.checkpoint.state.config["data"]["dir"]).tokenizer
 
 
 def load_data(config: FinetuneConfig, processes: Processes) -> ClassificationData:
@@ -268,7 +260,9 @@ def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(predicted.predictions, -1) == predicted.label_ids))}
 
 
-def export(trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: Tokenizer, results: dict[str, Any]) -> None:
+def export(
+    trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: Tokenizer | TheirTokenizer, results: dict[str, Any]
+) -> None:
     """Write the trainer's model, tokenizer and card to `hf/`, which is complete or as it was before. Collective."""
     target, origin = config.directory / HF_DIRECTORY, {"run": config.name, "step": results["best_step"]}
     temporary = target.with_name(f".tmp-{target.name}")
@@ -276,9 +270,8 @@ def export(trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: Tokenizer, 
         temporary = empty_beside(target)
     trainer.save_model(str(temporary), _internal_call=True)
     if trainer.args.should_save:
-        save_tokenizer(tokenizer, temporary, config.data.input_length)
-        model_config = S2MoEConfig.from_pretrained(temporary)
-        write_card(temporary, model_config, origin, config.directory, tokenizer.kind, results)
+        save_for_auto(tokenizer, temporary, config.data.input_length)
+        write_card(temporary, trainer.model.config, origin, config.directory, tokenizer.kind, results)
         write_json(temporary / ORIGIN_FILE, origin)
         put_in_place(temporary, target)
     if dist.is_initialized():

@@ -2,8 +2,8 @@
 
 from transformers import AutoTokenizer
 
-from s2moe.hub.families import register_families
 from s2moe.hub.interchange import from_transformers, to_transformers
+from s2moe.hub.sparse_models import register_families
 from s2moe.hub.tokenization import S2MoETokenizer, save_tokenizer
 from s2moe.hub.upcycling import upcycle
 from s2moe.models import S2MoEConfig

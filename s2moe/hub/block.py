@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from s2moe.moe.config import MoEConfig
 from s2moe.moe.layer import build_layer
 from s2moe.moe.routing import LayerStatistics, RoutingContext
+from s2moe.parallel import ExpertParallel
 
 
 class SparseMLP(nn.Module):
     """Stands where a block of another architecture has its MLP: [B, S, D] to [B, S, D].
 
     Args:
+        parallel: where the experts live; None for a single process.
         bias: the dense MLP's output bias, which all experts share.
         dropout: of the MLP's output.
         shared_expert, shared_expert_gate: of Qwen2-MoE, kept as they are: σ(gate) times that MLP is added.
@@ -33,13 +35,14 @@ class SparseMLP(nn.Module):
         config: MoEConfig,
         hidden_size: int,
         layer: int,
+        parallel: ExpertParallel | None = None,
         bias: bool = False,
         dropout: float = 0.0,
         shared_expert: nn.Module | None = None,
         shared_expert_gate: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.moe = build_layer(config, hidden_size, layer)
+        self.moe = build_layer(config, hidden_size, layer, parallel)
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
         self.dropout = nn.Dropout(dropout)
         self.shared_expert = shared_expert
@@ -70,11 +73,20 @@ class _TakesContext:
         finally:
             self.mlp.context = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        theirs = type(self).__mro__[2]  # pickle finds classes by their names, and ours has theirs
+        return _new_block, (theirs,), self.__dict__
+
 
 @cache
 def context_block(block: type[nn.Module]) -> type[nn.Module]:
     """The block's class, extended by the argument ``routing_context``. It is called as the block is."""
     return type(block.__name__, (_TakesContext, block), {"__module__": block.__module__, "__doc__": block.__doc__})
+
+
+def _new_block(block: Any) -> nn.Module:
+    extended = context_block(block)
+    return extended.__new__(extended)
 
 
 def sparse_blocks(model: nn.Module) -> list[SparseMLP]:

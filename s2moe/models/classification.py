@@ -8,7 +8,7 @@ Legend: B batch, S sequence, D model, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,14 @@ from transformers.utils import can_return_tuple
 
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.modeling import S2MoEModel, S2MoEPreTrainedModel
+from s2moe.models.routed import batch_share, mean_loss
 from s2moe.moe.routing import LayerStatistics, RoutingContext
 from s2moe.parallel import ExpertParallel
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel as _Base
+else:
+    _Base = object  # what the mixin is put before
 
 
 @dataclass
@@ -31,15 +37,10 @@ class S2MoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
     routing: tuple[LayerStatistics, ...] | None = None
 
 
-class S2MoEForSequenceClassification(S2MoEPreTrainedModel):
-    """A linear classifier of ``config.num_labels`` classes. ``parallel`` as in S2MoEModel."""
+class LastTokenClassifier(_Base):
+    """The forward of a model with a ``base_model`` and a linear ``score`` of ``config.num_labels`` classes."""
 
-    def __init__(self, config: S2MoEConfig, parallel: ExpertParallel | None = None) -> None:
-        super().__init__(config)
-        self.model = S2MoEModel(config, parallel)
-        self.num_labels = config.num_labels
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
+    score: nn.Linear
 
     @can_return_tuple
     def forward(
@@ -72,7 +73,7 @@ class S2MoEForSequenceClassification(S2MoEPreTrainedModel):
             attention_mask = input_ids.ne(self.config.pad_token_id).long()
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("attention_mask: the last real token is found in a mask [B, S] only")
-        outputs = self.model(
+        outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -86,11 +87,10 @@ class S2MoEForSequenceClassification(S2MoEPreTrainedModel):
         )
         logits_BC = self.score(last_real(outputs.last_hidden_state, attention_mask))
 
-        loss = task_loss = aux_loss = None
-        if outputs.routing:
-            aux_loss = torch.stack([layer.loss for layer in outputs.routing]).mean()
+        loss = task_loss = None
+        aux_loss = mean_loss(outputs.routing or (), logits_BC.device)
         if labels is not None:
-            share = 1.0 if num_items_in_batch is None else labels.ne(-100).sum() / num_items_in_batch
+            share = batch_share(labels, num_items_in_batch)
             mean = self.loss_function(labels=labels, pooled_logits=logits_BC.float(), config=self.config)
             task_loss = mean * share  # the share of means over texts is what adds up to the mean over all batches
             loss = task_loss if aux_loss is None else task_loss + aux_loss * share
@@ -104,6 +104,17 @@ class S2MoEForSequenceClassification(S2MoEPreTrainedModel):
             aux_loss=aux_loss,
             routing=outputs.routing,
         )
+
+
+class S2MoEForSequenceClassification(LastTokenClassifier, S2MoEPreTrainedModel):
+    """A linear classifier of ``config.num_labels`` classes. ``parallel`` as in S2MoEModel."""
+
+    def __init__(self, config: S2MoEConfig, parallel: ExpertParallel | None = None) -> None:
+        super().__init__(config)
+        self.model = S2MoEModel(config, parallel)
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 def last_real(hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:

@@ -5,8 +5,7 @@ Legend: B batch, S sequence, T = B S tokens, D model, V vocabulary, E experts.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +15,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from s2moe.models.attention import S2MoEAttention, S2MoERotaryEmbedding
 from s2moe.models.configuration import S2MoEConfig
-from s2moe.models.recomputation import WithoutReentrance
+from s2moe.models.routed import (
+    RoutedModel,
+    S2MoECausalLMOutput,
+    S2MoEModelOutput,
+    aligned_targets,
+    batch_share,
+    mean_loss,
+)
 from s2moe.moe.experts import Experts
-from s2moe.moe.feedback import update_routers
 from s2moe.moe.history import History
-from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer, expert_degree
+from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer
 from s2moe.moe.momentum import MomentumState, build_momentum
 from s2moe.moe.regularisers import Regularisers
 from s2moe.moe.routers import LinearScores, Router
@@ -111,7 +115,7 @@ class S2MoEDecoderLayer(GradientCheckpointingLayer):
         return hidden_BSD + step_BSD, probability, statistics, momentum
 
 
-class S2MoEPreTrainedModel(WithoutReentrance, PreTrainedModel):
+class S2MoEPreTrainedModel(RoutedModel, PreTrainedModel):
     """Weight initialisation and what transformers needs to know of the architecture."""
 
     config: S2MoEConfig
@@ -131,41 +135,6 @@ class S2MoEPreTrainedModel(WithoutReentrance, PreTrainedModel):
         if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
             module.reset_parameters(self.config.initializer_range)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """transformers' own.
-
-        Raises:
-            ValueError: the experts are dealt to several processes, and no ``state_dict`` has them all.
-        """
-        if len(args) < 2 and kwargs.get("state_dict") is None:
-            degree = expert_degree(self)
-            if degree > 1:
-                raise ValueError(
-                    f"this process has 1/{degree} of the experts, and would save those alone: use "
-                    "s2moe.finetuning.loading.save_pretrained(model, directory), which gathers them, on all processes"
-                )
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def update_routers(self, routing: list[tuple[LayerStatistics, ...]]) -> None:
-        """``s2moe.moe.feedback.update_routers`` of this model."""
-        update_routers(self, routing)
-
-
-@dataclass
-class S2MoEModelOutput(BaseModelOutputWithPast):
-    """``routing``: what each SMoE layer reports, in order of layers."""
-
-    routing: tuple[LayerStatistics, ...] | None = None
-
-
-@dataclass
-class S2MoECausalLMOutput(CausalLMOutputWithPast):
-    """``loss`` = ``task_loss`` (mean cross-entropy, nats) + ``aux_loss`` (mean over SMoE layers)."""
-
-    task_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    routing: tuple[LayerStatistics, ...] | None = None
-
 
 class S2MoEModel(S2MoEPreTrainedModel):
     """Embedding, blocks, final norm.
@@ -184,7 +153,6 @@ class S2MoEModel(S2MoEPreTrainedModel):
         self.rotary_emb = S2MoERotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
-        self._forwards = 0
         self.post_init()
 
     @can_return_tuple
@@ -234,13 +202,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
         else:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        context = replace(
-            self._context(context, experts_per_token, attention_mask, inputs_embeds),
-            layers=self.config.num_hidden_layers,
-            token_T=None if input_ids is None else input_ids.reshape(-1),
-            target_T=None if target_ids is None else target_ids.reshape(-1),
-            attention_mask=attention_mask,
-        )
+        context = self._context(context, experts_per_token, attention_mask, input_ids, inputs_embeds, target_ids)
 
         hidden_BSD = self.dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids)
@@ -273,24 +235,6 @@ class S2MoEModel(S2MoEPreTrainedModel):
             attentions=tuple(every_probability) if wants_probability else None,
             routing=tuple(routing),
         )
-
-    def _context(
-        self,
-        context: RoutingContext | None,
-        experts_per_token: int | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor,
-    ) -> RoutingContext:
-        if context is None:
-            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-            context = RoutingContext(seed=torch.initial_seed(), step=self._forwards, microbatch=rank)
-            self._forwards += self.training
-        # A mask of another shape covers cached positions too, or is already a matrix: no padding to leave out.
-        if attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
-            context = replace(context, mask_T=attention_mask.reshape(-1).bool())
-        if experts_per_token is not None:
-            context = replace(context, experts_per_token=experts_per_token)
-        return context
 
 
 class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
@@ -333,9 +277,7 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             context, experts_per_token: see S2MoEModel.forward.
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
-        targets_BS = shift_labels
-        if labels is not None and shift_labels is None:
-            targets_BS = F.pad(labels[:, 1:], (0, 1), value=-100)
+        targets_BS = aligned_targets(labels, shift_labels)
         outputs = self.model(
             input_ids=input_ids,
             target_ids=targets_BS,
@@ -352,15 +294,11 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        loss = task_loss = aux_loss = None
-        if outputs.routing:
-            # Layers may be on several devices (device_map).
-            aux_loss = torch.stack([layer.loss.to(logits_BSV.device) for layer in outputs.routing]).mean()
-        if (labels is not None or shift_labels is not None) and logits_BSV.shape[1] != outputs.last_hidden_state.shape[
-            1
-        ]:
-            raise ValueError("labels need the logits of every position: leave logits_to_keep at 0")
-        if labels is not None or shift_labels is not None:
+        loss = task_loss = None
+        aux_loss = mean_loss(outputs.routing, logits_BSV.device)
+        if targets_BS is not None:
+            if logits_BSV.shape[1] != outputs.last_hidden_state.shape[1]:
+                raise ValueError("labels need the logits of every position: leave logits_to_keep at 0")
             task_loss = self.loss_function(
                 logits=logits_BSV,
                 labels=labels,
@@ -370,7 +308,7 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             )
             loss = task_loss
             if aux_loss is not None:
-                loss = task_loss + aux_loss * self._share(labels, shift_labels, num_items_in_batch)
+                loss = task_loss + aux_loss * batch_share(targets_BS, num_items_in_batch)
         return S2MoECausalLMOutput(
             loss=loss,
             logits=logits_BSV,
@@ -381,17 +319,3 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             routing=outputs.routing,
         )
-
-    @staticmethod
-    def _share(
-        labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | float:
-        """This batch's share of the scored tokens over which a trainer sums losses; 1 where it takes means.
-
-        So the auxiliary loss weighs the same however many batches a step accumulates.
-        """
-        if num_items_in_batch is None:
-            return 1.0
-        targets = labels[:, 1:] if shift_labels is None and labels is not None else shift_labels
-        assert targets is not None
-        return targets.ne(-100).sum() / num_items_in_batch
