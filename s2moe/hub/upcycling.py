@@ -29,16 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from s2moe.hub.block import SparseMLP
-from s2moe.hub.families import (
-    ACTIVATIONS,
-    CONFIGS,
-    MODELS,
-    DenseWeights,
-    Family,
-    SparseModelMixin,
-    family_of,
-    undrawn_experts,
-)
+from s2moe.hub.families import ACTIVATIONS, DenseWeights, Family, family_of
+from s2moe.hub.sparse_models import CONFIGS, MODELS, SparseModelMixin, undrawn_experts
 from s2moe.models import S2MoEConfig, S2MoEForCausalLM
 from s2moe.moe.config import MoEConfig, resolve_moe
 from s2moe.moe.layer import DenseMLP, SMoELayer
@@ -148,7 +140,7 @@ def _resolve(given: dict[str, Any], experts_per_token: int | None, slices: int) 
         rule: dict[str, Any] = {}
         if experts_per_token == 1 and "combine" in router:
             rule = {"combine": "straight_through", "renormalise": False}
-        elif router.get("combine", "softmax_then_topk") == "softmax_then_topk" and "renormalise" in router:
+        elif router.get("combine", "gate") in ("softmax_then_topk", "gate") and "renormalise" in router:
             rule = {"renormalise": True}
         given = deep_merge(given, {"router": rule})
     return resolve_moe(given)

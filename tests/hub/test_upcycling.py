@@ -26,15 +26,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "s2moe": {"method": "s2moe", "experts": 4},
     "s2moe of slices": {"method": "s2moe", "experts": 8, "slices": 2},
     "deepseek_v3": {"method": "deepseek_v3", "experts": 4, "slices": 2},
+    "xmoe": {"method": "xmoe", "experts": 4},
+    "xmoe of two": {"method": "xmoe_sigmoid", "experts": 4, "experts_per_token": 2},
     "some layers": {"experts": 4, "every": 2},
     "later layers": {"experts": 4, "first_dense": 2},
 }
 REFUSED = {  # methods of which no token's weights need sum to the same, or that need more of a block
-    "xmoe": "the weights of a token sum to",
-    "xmoe_sigmoid": "the weights of a token sum to",
     "expert_choice": "the weights of a token sum to",
     "vmoe": "the weights of a token sum to",
-    "sbase": "the weights of a token sum to",
     "base": "the weights of a token sum to",
     "stablemoe": "only S2MoEForCausalLM's blocks",
     "similarity_aware": "only S2MoEForCausalLM's blocks",
@@ -103,6 +102,15 @@ def test_noise_changes_the_function_by_about_as_much() -> None:
     assert not torch.equal(experts.w1[0], experts.w1[1])
 
 
+@pytest.mark.parametrize(
+    ("k", "rule"), [(None, ("straight_through", False)), (1, ("straight_through", False)), (2, ("gate", True))]
+)
+@pytest.mark.parametrize("method", ["xmoe", "sbase"])
+def test_a_rule_of_weights_that_sum_to_1_is_chosen(method: str, k: int | None, rule: tuple[str, bool]) -> None:
+    router = upcycle(foreign("llama"), method, experts=4, experts_per_token=k).config.moe["router"]
+    assert (router["combine"], router["renormalise"]) == rule
+
+
 @pytest.mark.parametrize("way", ["copies", "slices", "s2moe"])
 def test_experts_part_in_training(way: str) -> None:
     torch.manual_seed(1)
@@ -150,6 +158,8 @@ def test_saving_loading_and_refusing_to_be_taken_for_the_dense_model(tmp_path: P
         ("llama", {}, {"experts": 4, "moe": {"router": {"renormalise": False}}}, "the weights of a token sum to"),
         ("llama", {}, {"method": "s2moe", "moe": {"stochastic": {"inference": "gated"}}}, "plain mixture"),
         ("llama", {}, {"method": "noisy_topk", "experts": 12, "slices": 3}, "router.zero_init=false"),
+        ("llama", {}, {"method": "xmoe", "moe": {"router": {"combine": "gate"}}}, "the weights of a token sum to"),
+        ("llama", {}, {"method": "xmoe", "slices": 2}, "use slices=1"),
         ("llama", {}, {"method": "smoee"}, "did you mean 'smoe'"),
         ("olmoe", {}, {}, "is a mixture of experts already"),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,9 @@ def expert_mlp(x_D: Tensor, w1_FD: Tensor, w2_DF: Tensor, w3: Tensor, form: str,
     return w2_DF @ activate(w1_FD @ x_D + w3[0], activation)
 
 
+SHARES: list[dict[str, Any]] = [{}, {"renormalise": True}, {"combine": "straight_through"}]  # options of ``shares``
+
+
 def best(score_E: Tensor, k: int) -> list[int]:
     """The k highest, highest first."""
     return sorted(range(len(score_E)), key=lambda i: -score_E[i].item())[:k]
@@ -77,6 +81,14 @@ def choose(
         total = sum(weights)
         weights = [w / total for w in weights]
     return [(e, scale * w) for e, w in zip(chosen, weights, strict=True)]
+
+
+def shares(chosen: list[Choice], combine: str = "gate", renormalise: bool = False) -> list[Choice]:
+    """A token's gates as weights: as they are, or over their sum; straight_through has the gradient of the gate."""
+    total = sum(gate for _, gate in chosen)
+    if combine == "straight_through":
+        return [(e, (gate / total).detach() + gate - gate.detach()) for e, gate in chosen]
+    return [(e, gate / total) for e, gate in chosen] if renormalise else chosen
 
 
 def mixture(

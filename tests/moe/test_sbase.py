@@ -44,15 +44,26 @@ def weights(logits_E: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("entropy", [1.0, 0.3])
 @pytest.mark.parametrize("k", [1, 2, E])
-def test_choice_weights_and_gradients_equal_the_equations(k: int, entropy: float, train: bool, masked: bool) -> None:
-    made, hidden_TD = router(k, train, entropy=entropy), hidden()
+@pytest.mark.parametrize("rule", reference.SHARES, ids=str)
+def test_choice_weights_and_gradients_equal_the_equations(
+    k: int, entropy: float, train: bool, masked: bool, rule: dict[str, Any]
+) -> None:
+    if k == 1 and rule.get("renormalise"):
+        with pytest.raises(ValueError, match="router would get no gradient"):
+            router(k, **rule)
+        return
+    made, hidden_TD = router(k, train, entropy=entropy, **rule), hidden()
     mask_T = torch.arange(T) % 4 != 1
     routing = made(hidden_TD, RoutingContext(mask_T=mask_T if masked else None))
 
     real = mask_T.nonzero()[:, 0].tolist() if masked else list(range(T))
     logits_TE = logits(made, hidden_TD[real])
     order_TE = exact.plan(logits_TE.detach(), entropy, ITERATIONS) if train else logits_TE
-    want = [(real[t], e, weights(logits_TE[t], k)[e]) for t in range(len(real)) for e in reference.best(order_TE[t], k)]
+    chosen = [
+        [(e, weights(logits_E, k)[e]) for e in reference.best(order_E, k)]
+        for logits_E, order_E in zip(logits_TE, order_TE, strict=True)
+    ]
+    want = [(t, e, w) for t, gates in zip(real, chosen, strict=True) for e, w in reference.shares(gates, **rule)]
     is_real_N = torch.isin(routing.token_N, torch.tensor(real))
     assert routing.token_N[is_real_N].tolist() == [t for t, _, _ in want]
     assert routing.expert_N[is_real_N].tolist() == [e for _, e, _ in want]

@@ -61,9 +61,16 @@ def assert_same_gradients(got: Tensor, want: Tensor, made: XMoERouter, hidden_TD
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("k", [1, 2, E])
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("rule", reference.SHARES, ids=str)
 @pytest.mark.parametrize("given", [{}, {"temperature": 0.5, "balance_temperature": 0.2, "dimension": 3}], ids=str)
-def test_routing_equals_the_equations(gate: str, k: int, train: bool, masked: bool, given: dict[str, Any]) -> None:
-    made, hidden_TD = router(k, train, gate=gate, balance_loss=0.3, z_loss=0.1, **given), hidden()
+def test_routing_equals_the_equations(
+    gate: str, k: int, train: bool, masked: bool, given: dict[str, Any], rule: dict[str, Any]
+) -> None:
+    if k == 1 and rule.get("renormalise"):
+        with pytest.raises(ValueError, match="router would get no gradient"):
+            router(k, **rule)
+        return
+    made, hidden_TD = router(k, train, gate=gate, balance_loss=0.3, z_loss=0.1, **given, **rule), hidden()
     mask_T = torch.arange(T) % 4 != 1
     routing = made(hidden_TD, RoutingContext(mask_T=mask_T if masked else None))
 
@@ -75,7 +82,7 @@ def test_routing_equals_the_equations(gate: str, k: int, train: bool, masked: bo
         score_E = cosines(made, hidden_TD[t])
         gate_E = gate_of(score_E, gate, learned)
         chosen = reference.best(score_E, k)
-        want += [(t, e, gate_E[e]) for e in chosen]
+        want += [(t, e, weight) for e, weight in reference.shares([(e, gate_E[e]) for e in chosen], **rule)]
         if masked and not mask_T[t]:
             continue
         real += 1
@@ -156,6 +163,34 @@ def test_the_temperature_is_learned_and_never_below_its_least_value(gate: str) -
     assert torch.isfinite(torch.autograd.grad(routing.weight_N.sum(), hidden_TD)[0]).all()
 
 
+@pytest.mark.parametrize("rule", reference.SHARES[1:], ids=str)
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_weights_that_sum_to_1_do_so_at_the_least_temperature(gate: str, rule: dict[str, Any]) -> None:
+    """Where every sigmoid may be too small for a float: σ(-1 / 1e-4)."""
+    made = router(2, gate=gate, **rule).float()
+    with torch.no_grad():
+        made.log_temperature.fill_(-60.0)
+        made.embedding_EC[1:] = made.embedding_EC[0] + 1e-3 * torch.randn(E - 1, E // 2)
+        opposite_D = -torch.linalg.lstsq(made.projection.weight, made.embedding_EC[0]).solution
+    hidden_TD = opposite_D.expand(3, D).clone().requires_grad_()
+    assert made.scores(hidden_TD).max() < -0.9
+    routing = made(hidden_TD, RoutingContext())
+    torch.testing.assert_close(routing.weight_N.view(3, 2).sum(-1), torch.ones(3))
+    assert torch.isfinite(torch.autograd.grad(routing.weight_N.sum(), hidden_TD)[0]).all()
+
+
+def test_straight_through_trains_the_router_of_one_expert_a_token() -> None:
+    made, hidden_TD = router(combine="straight_through"), hidden()
+    plain = router()
+    plain.load_state_dict(made.state_dict())
+    weight_N = made(hidden_TD, RoutingContext()).weight_N
+    assert torch.equal(weight_N, torch.ones(T, dtype=torch.float64))
+    assert_same_gradients(weight_N.sum(), made(hidden_TD, RoutingContext()).weight_N.sum(), made, hidden_TD)
+    wanted = torch.autograd.grad(plain(hidden_TD, RoutingContext()).weight_N.sum(), plain.embedding_EC)[0]
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(torch.autograd.grad(weight_N.sum(), made.embedding_EC)[0], wanted)
+
+
 @pytest.mark.parametrize(("experts", "given", "dimension"), [(16, None, 8), (5, None, 2), (1, None, 1), (16, 3, 3)])
 def test_dimension(experts: int, given: int | None, dimension: int) -> None:
     made = router(experts=experts, dimension=given)
@@ -199,6 +234,11 @@ def test_evaluation_may_choose_its_own_number_of_experts(k: int) -> None:
 def test_impossible_options_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be at least"):
         ROUTERS["xmoe"].Options(**option)
+
+
+def test_two_rules_at_once_are_refused() -> None:
+    with pytest.raises(ValueError, match="straight_through weights sum to 1 already"):
+        router(2, combine="straight_through", renormalise=True)
 
 
 @pytest.mark.parametrize(("method", "gate"), [("xmoe", "softmax"), ("xmoe_sigmoid", "sigmoid")])

@@ -9,6 +9,8 @@ states towards the span of the E expert embeddings. X-MoE scores in a space of i
     y_t   = Σ_{i ∈ A_t} g_ti · expert_i(h_t)
     L_bal = E Σ_i f_i · mean_t softmax(s_t / τ0)_i                   τ0 fixed, f_i = share of assignments
 
+With ``renormalise`` or ``combine=straight_through`` a token's g sum to 1 (moe/shares.py), which the paper leaves out.
+
 The temperature τ has no part in the choice of experts, and the balance loss none in τ. The paper leaves
 open whether f_i is a count or a share: only a share makes the loss independent of the batch's size. Nor does it
 say where τ starts: here at τ0's default, 0.3 (softmax) or 0.07 (sigmoid).
@@ -33,6 +35,7 @@ from s2moe.moe.assignments import load_of, per_token
 from s2moe.moe.balancing import BalanceOptions, balance_terms, weigh
 from s2moe.moe.routers.base import Router, register
 from s2moe.moe.routing import Routing, RoutingContext
+from s2moe.moe.shares import ShareOptions, require_gradient, weights_of
 from s2moe.options import option
 from s2moe.precision import full_precision, linear
 
@@ -42,7 +45,7 @@ NORM_EPS = 1e-6  # a shorter vector is divided by this instead of its norm
 
 
 @dataclass(kw_only=True)
-class XMoEOptions(BalanceOptions):
+class XMoEOptions(BalanceOptions, ShareOptions):
     """Options of ``router.name: xmoe``. z_loss is of the gate's logits s / τ: it holds the temperature up."""
 
     gate: str = option(
@@ -76,6 +79,7 @@ class XMoERouter(Router):
 
     def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, options: XMoEOptions) -> None:
         super().__init__(hidden_size, num_experts, experts_per_token, options)
+        require_gradient(options, experts_per_token)
         dimension = options.dimension or max(1, num_experts // 2)
         self.projection = nn.Linear(hidden_size, dimension, bias=False)
         self.embedding_EC = nn.Parameter(torch.empty(num_experts, dimension))
@@ -94,8 +98,10 @@ class XMoERouter(Router):
         temperature = full_precision(self.log_temperature).exp().clamp(min=LEAST_TEMPERATURE)
         logits_TE = score_TE / temperature
         prob_TE = logits_TE.softmax(-1)
-        gate_TE = prob_TE if self.options.gate == "softmax" else logits_TE.sigmoid()
+        softmax = self.options.gate == "softmax"
+        gate_TE, log_gate_TE = (prob_TE, logits_TE) if softmax else (logits_TE.sigmoid(), F.logsigmoid(logits_TE))
         expert_TK = score_TE.detach().topk(self.choices(context), dim=-1).indices
+        weight_TK = weights_of(self.options, gate_TE.gather(-1, expert_TK), log_gate_TE.gather(-1, expert_TK))
 
         load_E = load_of(expert_TK, self.num_experts, context.mask_T)
         losses: dict[str, Tensor] = {}
@@ -105,7 +111,7 @@ class XMoERouter(Router):
             raw = balance_terms(self.options, logits_TE, (score_TE / fixed).softmax(-1), load_E, context)
             losses, figures = weigh(self.options, raw)
             stats |= figures
-        return per_token(expert_TK, gate_TE.gather(-1, expert_TK), prob_TE, context, losses, stats, load_E)
+        return per_token(expert_TK, weight_TK, prob_TE, context, losses, stats, load_E)
 
     def scores(self, hidden_TD: Tensor) -> Tensor:
         """Cosine of each token's projection with each expert's embedding, [T, E], in full precision."""
