@@ -16,7 +16,9 @@ in one process, where no GPU waits.
     python launcher/export.py upcycle --model path/to/llama --method s2moe_k2 --experts 8 --out sparse
 
 puts SMoE layers in place of a dense model's MLPs (Llama, Mistral, Qwen2, Qwen3, GPT-2, or one of ours); the new model
-computes the same at first.
+computes the same at first. Other options of the layers follow as settings of a run:
+
+    ... model.moe.router.balance_loss=0.02 model.moe.shared_experts=1
 
     python launcher/export.py import --model path/to/mixtral --out ours
     python launcher/export.py to-transformers --model runs/quickstart/hf --out mixtral
@@ -69,8 +71,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--noise", type=float, default=0.0, help="what copies are told apart by, relative (default: 0)"
     )
     upcycle.add_argument("--seed", type=int, default=1, help="of new routers and of the noise (default: 1)")
+    upcycle.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="other options of the layers, e.g. model.moe.router.z_loss=1e-3",
+    )
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["weights", *arguments]
+    if arguments[0] == "upcycle":  # whose settings may stand anywhere, which a parser with forms does not allow
+        return upcycle.parse_intermixed_args(arguments[1:], argparse.Namespace(form="upcycle"))
     return parser.parse_args(arguments)
 
 
@@ -98,10 +108,13 @@ def convert(options: argparse.Namespace) -> Path:
             return directories.export_directory(options.model, options.out)
         import torch
 
+        from s2moe.config.upcycle import moe_settings
+
         torch.manual_seed(options.seed)
         names = ("method", "experts", "experts_per_token", "every", "first_dense", "slices", "noise")
         settings = {name: getattr(options, name) for name in names}
-        return directories.upcycle_directory(options.model, options.out, **settings)
+        moe = moe_settings(options.overrides, options.method, options.experts)
+        return directories.upcycle_directory(options.model, options.out, **settings, moe=moe)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
 

@@ -53,13 +53,18 @@ def model_section() -> Section:
 
 def build_moe(given: dict[str, Any]) -> dict[str, Any]:
     """Every field of `moe`: the method's settings under the given ones, the router's options checked."""
+    return dataclasses.asdict(resolve_moe(with_checked_router(given)))
+
+
+def with_checked_router(given: dict[str, Any]) -> dict[str, Any]:
+    """The given fields of `moe`, the router's options checked and converted to their types."""
     router = dict(given.get("router") or {})
     named = {"name": router.pop("name")} if "name" in router else {}
     name = resolve_moe({**given, "router": named}).router["name"]
     options = router_section(name)
     check_keys(router, options, "model.moe.router.")
     checked = build_section(options, router, "model.moe.router.")
-    return dataclasses.asdict(resolve_moe({**given, "router": {**named, **checked}}))
+    return {**given, "router": {**named, **checked}}
 
 
 def router_section(name: str) -> Section:

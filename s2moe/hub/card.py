@@ -12,11 +12,18 @@ import yaml
 
 import s2moe
 from s2moe.data.corpus import METADATA_FILE
+from s2moe.hub.provenance import (
+    CARD_FILE,
+    HUB_DATASETS,
+    command_without_places,
+    inherited,
+    public_name,
+    without_places,
+)
 from s2moe.models import S2MoEConfig
 from s2moe.models.sizes import model_sizes
 from s2moe.moe.methods import METHODS
 
-CARD_FILE = "README.md"
 GENERATE = (
     "import s2moe  # registers the architecture with transformers",
     "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline",
@@ -49,15 +56,16 @@ def write_card(
 
     Args:
         config: the model's configuration, with the layers' options.
-        origin: what the weights are, e.g. {"run": name, "step": n}, or {"upcycled from": path}.
+        origin: what the weights are, e.g. {"run": name, "step": n}, or {"upcycled from": path}; of a path the name.
         run_directory: where they were trained, whose config.yaml and metrics.jsonl say the rest.
         tokenizer: kind of the tokenizer that goes along.
         tuned: of a classifier, what a fine-tuning run writes to results.json.
     """
     step = origin.get("step")
     run = _read_run(run_directory)
+    made_from = _made_from(origin, run)
     facts = {
-        **{name.capitalize(): value for name, value in origin.items()},
+        **{name.capitalize(): value for name, value in (origin | _names(made_from)).items()},
         "Method": _method(config),
         **(_sizes(config) if tuned is None else _tuning(tuned)),
         **({"Tokenizer": tokenizer} if tokenizer else {}),
@@ -69,7 +77,9 @@ def write_card(
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if tuned is None else "text-classification",
-        "tags": ["mixture-of-experts", "s2moe", config.moe_config().method],
+        "tags": list(dict.fromkeys(["mixture-of-experts", "s2moe", config.moe_config().method])),
+        **{key: value for directory in made_from.values() for key, value in inherited(directory).items()},
+        **_datasets(run),
     }
     text = "\n".join(
         [
@@ -94,11 +104,7 @@ def write_card(
             "```json",
             json.dumps(config.moe, indent=2),
             "```",
-            *(
-                ["", "The run's settings:", "", "```yaml", yaml.safe_dump(run, sort_keys=False).strip(), "```"]
-                if run
-                else []
-            ),
+            *_settings(run),
             "",
         ]
     )
@@ -111,10 +117,38 @@ def _tuning(results: dict[str, Any]) -> dict[str, str]:
     texts = results["texts"]
     return {
         "Task": f"{results['task']}, {texts['train']:,} / {texts['validation']:,} / {texts['test']:,} texts",
-        "Fine-tuned from": str(results["checkpoint"]),
         "Test accuracy": f"{100 * results['test_accuracy']:.2f} %, at the best validation accuracy, "
         f"{100 * results['validation_accuracy']:.2f} %",
     }
+
+
+def _made_from(origin: dict[str, Any], run: dict[str, Any]) -> dict[str, Path]:
+    """The directory of the model that this one was made of, under the way in which; empty for one that began anew."""
+    ways = {
+        **{name: value for name, value in origin.items() if name.endswith(" from")},
+        "fine-tuned from": (run.get("model") or {}).get("checkpoint"),
+        "begun with": (run.get("init") or {}).get("weights"),
+    }
+    return {way: Path(path) for way, path in ways.items() if path}
+
+
+def _names(directories: dict[str, Path]) -> dict[str, str]:
+    return {way: public_name(directory) for way, directory in directories.items()}
+
+
+def _datasets(run: dict[str, Any]) -> dict[str, list[str]]:
+    """The data's name on the Hub, where it is what is known there: verified content, or a task's official texts."""
+    data = run.get("data") or {}
+    name = data.get("task") if data.get("official", True) else None
+    if data.get("dir"):
+        name = (_metadata(data["dir"]).get("request") or {}).get("corpus")
+    return {"datasets": [HUB_DATASETS[name]]} if name in HUB_DATASETS else {}
+
+
+def _metadata(folder: str) -> dict[str, Any]:
+    """Of a prepared corpus; empty where it is gone."""
+    path = Path(folder) / METADATA_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def source_commit() -> str:
@@ -143,6 +177,13 @@ def _read_run(run_directory: Path | None) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
+def _settings(run: dict[str, Any]) -> list[str]:
+    if not run:
+        return []
+    settings = yaml.safe_dump(without_places(run), sort_keys=False).strip()
+    return ["", "The run's settings:", "", "```yaml", settings, "```"]
+
+
 def _method(config: Any) -> str:
     moe = config.moe_config()
     summary = METHODS[moe.method].summary
@@ -160,12 +201,12 @@ def _data(run: dict[str, Any]) -> dict[str, str]:
     folder = (run.get("data") or {}).get("dir")
     if not folder:
         return {}
-    path = Path(folder) / METADATA_FILE
-    if not path.is_file():
-        return {"Data": str(folder)}
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata = _metadata(folder)
+    if not metadata:
+        return {"Data": Path(folder).name}
     train = metadata["splits"].get(run["data"].get("train", "train"), {})
-    facts = {"Data": f"{metadata['name']}, {train.get('tokens', 0):,} tokens of training, `{metadata['command']}`"}
+    command = command_without_places(metadata["command"])
+    facts = {"Data": f"{metadata['name']}, {train.get('tokens', 0):,} tokens of training, `{command}`"}
     if metadata.get("notes"):
         facts["Note on the data"] = " ".join(metadata["notes"])
     return facts

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher import export
@@ -41,8 +43,9 @@ def test_a_directory_is_upcycled_with_its_tokenizer_and_a_card(tmp_path: Path) -
     assert AutoTokenizer.from_pretrained(target)("ab")["input_ids"] == [97, 98]
     card = ModelCard.load(target / "README.md")
     assert card.data.tags == ["mixture-of-experts", "s2moe"]
-    for text in (f"| Upcycled from | {source} |", "4 experts, 2 a token", "llama with SMoE layers"):
+    for text in ("| Upcycled from | dense |", "4 experts, 2 a token", "llama with SMoE layers"):
         assert text in card.text
+    assert not {"base_model", "license", "datasets"} & set(card.data.to_dict())  # nothing of them is known
     back = tmp_path / "theirs"
     export_directory(target, back)
     assert json.loads((back / "config.json").read_text())["model_type"] == "mixtral"
@@ -102,6 +105,41 @@ def test_the_command_upcycles_alike_for_the_same_seed(tmp_path: Path) -> None:
     assert not any(map(torch.equal, routers[0], routers[2]))
 
 
+def test_the_command_takes_other_options_of_the_layers_as_settings(tmp_path: Path) -> None:
+    dense = foreign("llama", vocab_size=256)
+    dense.save_pretrained(tmp_path / "dense")
+    words = ["--model", str(tmp_path / "dense"), "model.moe.router.balance_loss=2e-2", "--experts", "4"]
+    export.main(["upcycle", *words, "--out", str(tmp_path / "out"), "model.moe.shared_experts=1", "--method", "s2moe"])
+    sparse = load(tmp_path / "out")
+    moe = sparse.config.moe
+    assert (moe["router"]["balance_loss"], moe["shared_experts"], moe["num_experts"]) == (0.02, 1, 4)
+    assert moe["router"]["combine"] == "straight_through"  # what is left open is chosen as without settings
+    torch.testing.assert_close(sparse(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.moe.router.balance_los=0.02", r"did you mean model\.moe\.router\.balance_loss\?"),
+        ("model.moe.shared_expert=1", r"did you mean model\.moe\.shared_experts\?"),
+        ("model.moe.router.gate=sigmoid", r"model\.moe\.router\.gate: unknown key"),
+        ("moe.shared_experts=1", "moe: unknown key; did you mean model"),
+        ("model.hidden_size=8", r"model\.hidden_size: unknown key"),
+        ("model.moe.shared_experts=one", "expected int, got 'one'"),
+        ("model.moe.num_experts=8", "is given as --experts"),
+        ("model.moe.expert_hidden=8", "follows from the dense model"),
+        ("balance_loss", r"of the form section\.key=value"),
+        ("model.moe.router.renormalise=true", "renormalise with experts_per_token=1"),
+    ],
+)
+def test_impossible_settings_of_the_command_are_named(tmp_path: Path, setting: str, message: str) -> None:
+    foreign("llama", vocab_size=256).save_pretrained(tmp_path / "dense")
+    words = ["--model", str(tmp_path / "dense"), "--out", str(tmp_path / "out"), "--method", "s2moe"]
+    with pytest.raises(ConfigError, match=message):
+        export.main(["upcycle", *words, setting])
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
 def test_a_misspelt_form_of_the_command_names_the_forms(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         export.parse(["upcycl", "--model", "dense", "--out", "out"])
@@ -147,6 +185,96 @@ def test_the_card_of_a_run_says_what_was_done(tmp_path: Path) -> None:
     bare = write_card(hf, config, {}).read_text()
     assert "Validation" not in bare
     assert "# hf" in bare
+
+
+def saved_as_from_the_hub(directory: Path, front: str) -> Path:
+    """A dense model where the Hub's cache keeps it, with a card of its own."""
+    path = directory / "hub" / "models--some-lab--Tiny-1.5" / "snapshots" / "0123abc"
+    foreign("llama", vocab_size=256).save_pretrained(path)
+    save_tokenizer(ByteTokenizer(), path)
+    (path / "README.md").write_text(f"---\n{front}\n---\n# Tiny\n")
+    return path
+
+
+def test_the_card_names_what_a_model_is_made_of_and_keeps_its_licence(tmp_path: Path) -> None:
+    front = "license: other\nlicense_name: tiny-licence\nlicense_link: LICENSE\nbase_model: some-lab/Tiny-0\ntags: [a]"
+    target = upcycle_directory(saved_as_from_the_hub(tmp_path, front), tmp_path / "sparse", experts=4)
+    card = ModelCard.load(target / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "s2moe", "smoe"],
+        "license": "other",
+        "license_name": "tiny-licence",
+        "license_link": "LICENSE",
+        "base_model": "some-lab/Tiny-1.5",
+    }
+    validate_repo_id(card.data.base_model)
+    assert "| Upcycled from | some-lab/Tiny-1.5 |" in card.text
+    assert str(tmp_path) not in card.content
+    # One step further the nearest model that has a name on the Hub is the same.
+    export_directory(target, tmp_path / "theirs")
+    shutil.copy(target / "README.md", tmp_path / "theirs")
+    import_directory(tmp_path / "theirs", tmp_path / "ours")
+    again = ModelCard.load(tmp_path / "ours" / "README.md")
+    assert (again.data.base_model, again.data.license) == ("some-lab/Tiny-1.5", "other")
+    assert "| Converted from | theirs |" in again.text
+
+
+def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
+    source = saved_as_from_the_hub(tmp_path, "license: [")
+    (source / "README.md").write_bytes(b"---\nlicense: [\n---\n")
+    data = ModelCard.load(upcycle_directory(source, tmp_path / "sparse", experts=4) / "README.md").data
+    assert (data.license, data.base_model) == (None, "some-lab/Tiny-1.5")
+
+
+def test_the_card_of_a_classifier_names_task_and_base_and_no_place(tmp_path: Path) -> None:
+    base = saved_as_from_the_hub(tmp_path, "license: mit")
+    model = S2MoEForSequenceClassification(tiny("s2moe", num_labels=2, vocab_size=256).config)
+    results = {
+        "task": "sst2",
+        "texts": {"train": 6920, "validation": 872, "test": 1821},
+        "test_accuracy": 0.8,
+        "validation_accuracy": 0.81,
+    }
+    for official in (True, False):
+        run = {"data": {"task": "sst2", "official": official, "source": "/some/where/sst.zip"}, "output_dir": "~/runs"}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({**run, "model": {"checkpoint": str(base)}}))
+        write_card(tmp_path, model.config, {"run": "tuned", "step": 9}, tmp_path, "byte", results)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert (card.data.pipeline_tag, card.data.base_model, card.data.license) == (
+            "text-classification",
+            "some-lab/Tiny-1.5",
+            "mit",
+        )
+        assert card.data.datasets == (["stanfordnlp/sst2"] if official else None)  # another set under its name
+        assert "| Fine-tuned from | some-lab/Tiny-1.5 |" in card.text
+        for text in ("source: sst.zip", "output_dir: runs", "6,920 / 872 / 1,821 texts"):
+            assert text in card.text
+        assert not [place for place in (str(tmp_path), "/some", "~") if place in card.content]
+
+
+@pytest.mark.parametrize(("corpus", "dataset"), [("enwik8", ["LTCB/enwik8"]), ("text", None)])
+def test_the_card_names_a_corpus_that_the_hub_has(tmp_path: Path, corpus: str, dataset: list[str] | None) -> None:
+    data = tiny_corpus(tmp_path / "enwik8")  # the directory's name is the user's, whatever lies in it
+    metadata = json.loads((data / "metadata.json").read_text())
+    metadata |= {
+        "request": {"corpus": corpus},
+        "command": f"python -m data_prep {corpus} --source={tmp_path}/raw.zip --out {data}",
+    }
+    (data / "metadata.json").write_text(json.dumps(metadata))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "dense" / "hf").mkdir(parents=True)
+    settings = {"data": {"dir": str(data)}, "init": {"weights": str(tmp_path / "dense" / "hf")}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    write_card(tmp_path / "hf", tiny("smoe").config, {"run": "tiny"}, tmp_path)
+    card = ModelCard.load(tmp_path / "hf" / "README.md")
+    assert card.data.datasets == dataset
+    assert card.data.base_model is None
+    assert f"`python -m data_prep {corpus} --source=raw.zip --out enwik8`" in card.text
+    assert "| Begun with | dense |" in card.text
+    assert "dir: enwik8" in card.text
+    assert str(tmp_path) not in card.content
 
 
 def test_the_commit_is_this_tree_s() -> None:
