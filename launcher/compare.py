@@ -18,11 +18,11 @@ from pathlib import Path
 
 try:
     from launcher.common import Parser, prepare_environment, run
-    from launcher.evaluate import add_scoring_arguments, numbers, positive
+    from launcher.evaluate import add_scoring_arguments, not_negative, numbers, positive
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     from launcher.common import Parser, prepare_environment, run
-    from launcher.evaluate import add_scoring_arguments, numbers, positive
+    from launcher.evaluate import add_scoring_arguments, not_negative, numbers, positive
 
 prepare_environment()
 
@@ -34,9 +34,11 @@ python launcher/compare.py slim --checkpoint runs/s2moe runs/smoe --data data/en
     --experts-per-token 1,2,4,8 --max-symbols 500000 --repeats 30
 
 For each k' and for the trained k: bits per character; multiply-accumulates of a token by four ways of counting them,
-since a share that is saved depends on what is counted; and the time of a forward pass, all k' of a checkpoint in
-turns. Written are slim.json, slim.md (the table) and slim.png (bits per character against both). A k' that a
-checkpoint's router does not know is left out with the reason.
+since a share that is saved depends on what is counted; and the time of a forward pass, all checkpoints and k' in
+turns, for which the weights of all checkpoints are in memory at once. --memory adds a fifth way of counting: that of
+a Transformer-XL, whose attention over a memory makes the experts a smaller share. Written are slim.json, slim.md (the
+table) and slim.png (bits per character against both). A k' that a checkpoint's router does not know is left out with
+the reason.
 
 Times mean something on a machine that does nothing else. On small models and short sequences much of a forward pass
 does not depend on k': choose --latency-batch and --latency-tokens as in use.
@@ -73,9 +75,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="k' to compare with the trained k (default: 1,2,4,8,16)",
     )
     slim.add_argument("--out", type=Path, help="directory of the report (default, for one run: slim/ in there)")
+    slim.add_argument(
+        "--memory",
+        type=not_negative,
+        metavar="POSITIONS",
+        help="count MACs also as of a Transformer-XL with so long a memory (the lineage's: 512)",
+    )
     add_scoring_arguments(slim, "all")
     times = slim.add_argument_group("latency")
-    times.add_argument("--repeats", type=positive, default=20, help="timed forward passes of each k' (default: 20)")
+    times.add_argument(
+        "--repeats", type=positive, default=20, help="rounds, in each of which every k' is timed (default: 20)"
+    )
     times.add_argument("--latency-batch", type=positive, default=8, help="sequences of such a pass (default: 8)")
     times.add_argument(
         "--latency-tokens", type=positive, help="tokens of a sequence (default: the training sequence length)"

@@ -1,7 +1,7 @@
 """One model, fewer or more experts per token than trained: what it costs and what it predicts.
 
 `launcher/compare.py slim` measures bits per character, counts multiply-accumulates by each convention
-(models/macs.py), and times forward passes, all k' of a checkpoint in turns.
+(models/macs.py), and times forward passes, all k' of all checkpoints in turns.
 
 Legend: B sequences, S tokens of each.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from s2moe.config import ConfigError
-from s2moe.models.macs import CONVENTIONS, inference_macs, mean_positions
+from s2moe.models.macs import conventions, inference_macs, mean_positions
 
 from .evaluation import Protocol, evaluate
 from .hardware import device_name
@@ -32,40 +33,73 @@ WARM_UP = 2  # rounds of forward passes before any is timed
 OUT = "slim"  # in a run's directory
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A checkpoint whose k' are scored, ready for timing. ``numbers`` are its k', ascending."""
+
+    label: str
+    loaded: Loaded
+    tokens_BS: Tensor
+    scores: dict[str, Any]
+    numbers: list[int]
+
+    @property
+    def trained(self) -> int:
+        return self.loaded.model.config.moe_config().experts_per_token
+
+    @property
+    def length(self) -> int:
+        return self.tokens_BS.shape[1]
+
+    def at(self, number: int) -> dict[str, Any]:
+        """What the model is given for k' = number."""
+        return {} if number == self.trained else {"experts_per_token": number}
+
+    def key(self, number: int) -> str:
+        """Names the timings of k' = number."""
+        return f"{self.label}, k' = {number}"
+
+
 def compare_slim(options: argparse.Namespace) -> dict[str, Any]:
     """Compare as `launcher/compare.py slim` was asked to and write the report; returns it with its files' paths.
+
+    Checkpoints are scored one by one, and timed together: all their weights are in memory then.
 
     Raises:
         ConfigError, CorpusError: something is missing, does not fit together or makes no sense.
     """
     out = options.out or default_out(options.checkpoint)
     labels = distinct_labels(options.checkpoint)
-    checkpoints = []
-    symbols = {}
+    scored = []
     for label, path in tqdm(list(zip(labels, options.checkpoint, strict=True)), desc="checkpoints", **_bar(labels)):
         loaded = load_model_and_split(argparse.Namespace(**{**vars(options), "checkpoint": path}))
-        measured = measure(loaded, options)
-        symbols[label] = measured.pop("symbols")
-        checkpoints.append({"label": label, **measured})
-        corpus, protocol = loaded.corpus, measured.pop("protocol")
-        symbol = "character" if corpus.metadata.symbol == "byte" else corpus.metadata.symbol
-        device = loaded.device
-        del loaded  # the next model takes its place
+        scored.append(score(label, loaded, options))
+    first = scored[0]
+    times = latencies(
+        {
+            one.key(number): _forward(one.loaded.model, one.tokens_BS, **one.at(number))
+            for one in scored
+            for number in one.numbers
+        },
+        options.repeats,
+        first.loaded.device,
+    )
+    corpus = first.loaded.corpus
     report = {
         "corpus": corpus.name,
         "split": options.split,
-        "symbol": symbol,
-        "symbols": symbols[labels[0]],
-        "protocol": protocol,
-        "conventions": CONVENTIONS,
-        "hardware": hardware(device),
-        "checkpoints": checkpoints,
+        "symbol": "character" if corpus.metadata.symbol == "byte" else corpus.metadata.symbol,
+        "symbols": first.scores["symbols"],
+        "protocol": {name: first.scores[name] for name in ("name", "context", "segment", "attention_window")},
+        "conventions": conventions(options.memory),
+        "hardware": hardware(first.loaded.device),
+        "checkpoints": [measured(one, times, first, options) for one in scored],
     }
     return report | {"files": [str(path) for path in write_report(out, report)]}
 
 
-def measure(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one checkpoint, its k' in ascending order.
+def score(label: str, loaded: Loaded, options: argparse.Namespace) -> Scored:
+    """Bits per character of one checkpoint's k'.
 
     Raises:
         ConfigError: it has no SMoE layer, or can only do what it was trained for.
@@ -78,46 +112,53 @@ def measure(loaded: Loaded, options: argparse.Namespace) -> dict[str, Any]:
     tokens_BS = latency_batch(loaded, options.latency_batch, length)
     protocol = protocol_of(options, model)
     trained = moe.experts_per_token
-    scored = slimmability(loaded, options.experts_per_token_list, protocol, trained)
-    numbers = [int(number) for number in scored["bpc"]]
-    if numbers == [trained] and scored["left_out"]:
-        reasons = "; ".join(f"k' = {number}: {reason}" for number, reason in scored["left_out"].items())
+    scores = slimmability(loaded, options.experts_per_token_list, protocol, trained)
+    numbers = [int(number) for number in scores["bpc"]]
+    if numbers == [trained] and scores["left_out"]:
+        reasons = "; ".join(f"k' = {number}: {reason}" for number, reason in scores["left_out"].items())
         raise ConfigError(f"{description}, trained with k = {trained}, has nothing to compare: {reasons}")
+    return Scored(label, loaded, tokens_BS, scores, numbers)
 
-    def at(number: int) -> dict[str, Any]:
-        return {} if number == trained else {"experts_per_token": number}
 
-    chosen = {number: mean_experts(model, tokens_BS, **at(number)) for number in numbers}
-    times = latencies(
-        {str(number): _forward(model, tokens_BS, **at(number)) for number in numbers}, options.repeats, loaded.device
-    )
-    macs = {number: inference_macs(config, chosen[number], mean_positions(length)) for number in numbers}
+def measured(one: Scored, times: dict[str, list[float]], first: Scored, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one checkpoint. Ratios of times are to its trained k and to that of the ``first`` checkpoint."""
+    model, trained = one.loaded.model, one.trained
+    whole = None if options.memory is None else options.memory + one.length
+    chosen = {number: mean_experts(model, one.tokens_BS, **one.at(number)) for number in one.numbers}
+    macs = {
+        number: inference_macs(model.config, chosen[number], mean_positions(one.length), whole)
+        for number in one.numbers
+    }
     points = [
         {
             "experts_per_token": number,
             "mean_experts": chosen[number],
-            "bpc": scored["bpc"][str(number)],
+            "bpc": one.scores["bpc"][str(number)],
             "macs": macs[number],
-            "macs_ratio": {name: macs[number][name] / macs[trained][name] for name in CONVENTIONS},
-            **vars(Timing.of(times[str(number)])),
-            "latency_ratio": Timing.of(
-                [one / other for one, other in zip(times[str(number)], times[str(trained)], strict=True)]
-            ).ms,
+            "macs_ratio": {name: count / macs[trained][name] for name, count in macs[number].items()},
+            **vars(Timing.of(times[one.key(number)])),
+            "latency_ratio": ratio(times[one.key(number)], times[one.key(trained)]),
+            "latency_to_first": ratio(times[one.key(number)], times[first.key(first.trained)]),
         }
-        for number in numbers
+        for number in one.numbers
     ]
+    moe = model.config.moe_config()
     return {
-        "weights": description,
+        "label": one.label,
+        "weights": one.loaded.weights.description,
         "method": moe.method,
         "trained": trained,
         "num_experts": moe.num_experts,
-        "left_out": scored["left_out"],
+        "left_out": one.scores["left_out"],
         "latency_batch": options.latency_batch,
-        "latency_tokens": length,
+        "latency_tokens": one.length,
         "points": points,
-        "symbols": scored["symbols"],
-        "protocol": {name: scored[name] for name in ("name", "context", "segment", "attention_window")},
     }
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' ratios, which a drift over the rounds leaves alone."""
+    return median(one / other for one, other in zip(times, others, strict=True))
 
 
 def slimmability(loaded: Loaded, choices: Sequence[int], protocol: Protocol, trained: int) -> dict[str, Any]:

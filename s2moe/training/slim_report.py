@@ -31,11 +31,13 @@ def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
 def table(report: dict[str, Any]) -> str:
     """A Markdown table, one row a checkpoint and k', and what its figures mean. The trained k is bold."""
     names = list(report["conventions"])
+    compared = comparable(report)
     lines = [
         f"| checkpoint | k' | bits per {report['symbol']} | "
         + " | ".join(f"MACs, {name} (M)" for name in names)
-        + " | latency, ms | × trained |",
-        "| --- " * (5 + len(names)) + "|",
+        + " | latency, ms | × trained |"
+        + (f" × {report['checkpoints'][0]['label']} |" if compared else ""),
+        "| --- " * (5 + len(names) + compared) + "|",
     ]
     for checkpoint in report["checkpoints"]:
         for point in checkpoint["points"]:
@@ -45,8 +47,15 @@ def table(report: dict[str, Any]) -> str:
             lines.append(
                 f"| {checkpoint['label']} | {k} | {point['bpc']:.4f} | {' | '.join(macs)} | "
                 f"{point['ms']:.1f} ± {point['spread_ms']:.1f} | {point['latency_ratio']:.2f} |"
+                + (f" {point['latency_to_first']:.2f} |" if compared else "")
             )
     return "\n".join([*lines, "", *(f"* {note}" for note in notes(report))]) + "\n"
+
+
+def comparable(report: dict[str, Any]) -> bool:
+    """Whether there are several checkpoints, whose times are of as many tokens."""
+    checkpoints = report["checkpoints"]
+    return len(checkpoints) > 1 and len({checkpoint["latency_tokens"] for checkpoint in checkpoints}) == 1
 
 
 def notes(report: dict[str, Any]) -> list[str]:
@@ -59,7 +68,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"MACs: multiply-accumulates of one token, millions, attending to half of {first['latency_tokens']} positions "
         "on average, and their ratio. " + "; ".join(f"{name}: {text}" for name, text in report["conventions"].items()),
         f"Latency: one forward pass of {first['latency_batch']} x {first['latency_tokens']} tokens, median and "
-        f"interquartile range of {repeats} rounds in which the k' take turns; the ratio is the median of the rounds'. "
+        f"interquartile range of {repeats} rounds in which all checkpoints and k' take turns; a ratio, to the "
+        f"trained k of the same{' or the first' if comparable(report) else ''} checkpoint, is the median of theirs. "
         f"{hardware['device']}, {hardware['threads']} threads, torch {hardware['torch']}.",
     ]
     for checkpoint in report["checkpoints"]:

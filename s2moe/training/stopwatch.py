@@ -55,14 +55,17 @@ def take_turns(
     slow: Collection[str] = (),
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Every name's measurements, one a round, each round beginning with another name.
+    """Every name's measurements, one a round.
 
-    All work must have been done once before. The ``slow`` ones take part in the first round only.
+    Each round begins with another name, and goes through them forwards and backwards in turn, so that none always
+    comes after the same other one. All work must have been done once before. The ``slow`` ones take part in the first
+    round only.
     """
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(repeats):
         first = number % len(names)
-        for name in [*names[first:], *names[:first]]:
+        order = [*names[first:], *names[:first]]
+        for name in order if number % 2 == 0 else [order[0], *reversed(order[1:])]:
             if number == 0 or name not in slow:
                 samples[name].append(measure(name))
         after_round()

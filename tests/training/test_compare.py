@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from launcher import compare, evaluate
 from s2moe import S2MoEConfig
 from s2moe.config import ConfigError
 from s2moe.data import ByteTokenizer
-from s2moe.models.macs import CONVENTIONS, inference_macs, mean_positions
+from s2moe.models.macs import CONVENTIONS, conventions, inference_macs, mean_positions
 from s2moe.training import slim as slim_module
 from s2moe.training.compare_runs import compare_runs
 from s2moe.training.slim import compare_slim, distinct_labels, mean_experts
@@ -97,14 +98,48 @@ def test_two_checkpoints_side_by_side(models: Path, tmp_path: Path) -> None:
     assert "s2moe, k' = 9 left out: there are 4 experts." in Path(report["files"][1]).read_text()
 
 
+def test_the_forward_passes_of_all_checkpoints_take_turns(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that becomes slower with every pass changes no ratio by much, in whatever order they are given."""
+    passes: list[tuple[str, int | None]] = []
+
+    def forward(model: Any, tokens_BS: torch.Tensor, **at: int) -> Callable[[], None]:
+        return lambda: passes.append((model.config.moe["method"], at.get("experts_per_token")))
+
+    def clock(work: Callable[[], object]) -> float:
+        work()
+        return (2 if passes[-1][0] == "smoe" else 1) * (1 + len(passes) / 100)
+
+    monkeypatch.setattr(slim_module, "_forward", forward)
+    monkeypatch.setattr(slim_module, "stopwatch", lambda device: clock)
+    report = slim(models, tmp_path, "s2moe", "smoe", experts_per_token="1,2", latency_batch="2", repeats="8")
+    timed = passes[4 * slim_module.WARM_UP :]
+    rounds = [timed[start : start + 4] for start in range(0, len(timed), 4)]
+    assert len(rounds) == 8
+    assert all(set(one) == {("s2moe", None), ("s2moe", 2), ("smoe", 1), ("smoe", None)} for one in rounds)
+    assert {one[0] for one in rounds} == set(rounds[0])
+    assert rounds[4] == [rounds[0][place] for place in (0, 1, 2, 3)]
+    assert rounds[1] == [rounds[0][place] for place in (1, 0, 3, 2)]  # backwards
+    for checkpoint, factor in zip(report["checkpoints"], (1, 2), strict=True):
+        for point in checkpoint["points"]:
+            assert point["latency_ratio"] == pytest.approx(1, abs=0.02)
+            assert point["latency_to_first"] == pytest.approx(factor, rel=0.02)
+    rows = [line.split(" | ") for line in (tmp_path / "slim.md").read_text().splitlines() if line.startswith("| s")]
+    assert [row[-1] for row in rows] == ["1.00 |", "1.00 |", "2.00 |", "2.00 |"]
+    assert "all checkpoints and k' take turns" in (tmp_path / "slim.md").read_text()
+
+
 def test_a_router_that_decides_how_many_is_counted_as_it_routes(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slim_module, "mean_experts", lambda model, tokens_BS, **at: 1.5 if at else 2.0)
-    report = slim(models, tmp_path, "smoe", experts_per_token="1", latency_batch="2")
+    report = slim(models, tmp_path, "smoe", experts_per_token="1", latency_batch="2", memory="32")
     point = report["checkpoints"][0]["points"][0]
     config = S2MoEConfig.from_pretrained(models / "smoe" / "hf")
-    assert point["macs"] == inference_macs(config, 1.5, mean_positions(64))
+    assert point["macs"] == inference_macs(config, 1.5, mean_positions(64), whole=96)
+    assert "MACs, transformer_xl (M)" in (tmp_path / "slim.md").read_text()
+    assert "over 32 positions of memory and the whole sequence" in (tmp_path / "slim.md").read_text()
     assert "smoe, k' = 1: 1.50 experts a token." in (tmp_path / "slim.md").read_text()
 
 
@@ -147,16 +182,24 @@ def test_macs_are_what_torch_counts(form: str, k: int) -> None:
 
 
 def test_the_published_saving_is_one_of_the_conventions() -> None:
-    """One expert fewer at the lineage's size: 20 % of a layer, 25 % of linear maps, 28.6 % of qkv and experts."""
+    """One expert fewer at the lineage's size: 20 % of a layer, 25 % of linear maps, 28.6 % of qkv and experts.
+
+    With a Transformer-XL's memory as long as the sequence 10 %: of its three products of attention 512 multiply-
+    accumulates for each of 1,024 positions.
+    """
     moe = {"method": "smoe", "num_experts": 16, "expert_hidden": 512, "expert_form": "mlp"}
     config = S2MoEConfig(
         vocab_size=256, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, head_dim=64, moe=moe
     )
-    two, one = (inference_macs(config, k, mean_positions(512)) for k in (2, 1))
+    two, one = (inference_macs(config, k, mean_positions(512), whole=1024) for k in (2, 1))
     saved = {name: 1 - one[name] / two[name] for name in two}
     assert saved["layers"] == pytest.approx(0.199, abs=5e-4)
     assert saved["linear"] == pytest.approx(0.249, abs=5e-4)
     assert saved["qkv_experts"] == pytest.approx(2 / 7)
+    assert saved["transformer_xl"] == pytest.approx(0.0998, abs=5e-5)
+    assert two["transformer_xl"] - two["linear"] == 4 * 3 * 512 * 1024
+    assert set(two) == set(conventions(512))
+    assert set(inference_macs(config, 1, mean_positions(512))) == set(conventions()) == set(CONVENTIONS)
 
 
 def test_what_makes_no_sense_is_refused(models: Path, tmp_path: Path) -> None:
@@ -198,6 +241,9 @@ def test_turns_begin_with_another_each_round() -> None:
     samples = take_turns(["a", "b"], measure, 3, slow=["b"])
     assert order == ["a", "b", "a", "a"]
     assert samples == {"a": [1, 3, 4], "b": [2]}
+    order.clear()
+    take_turns(["a", "b", "c"], measure, 4)
+    assert "".join(order) == "abc" + "bac" + "cab" + "acb"
     assert Timing.of([4.0, 1.0, 3.0]) == Timing(3.0, 1.5, 1.0, 3)
 
 
