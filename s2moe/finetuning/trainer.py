@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
@@ -29,6 +29,7 @@ from transformers.utils import is_peft_available
 
 from s2moe.config.learning_rates import LearningRates
 from s2moe.config.options import ConfigError
+from s2moe.moe.freezing import freeze_as_adapted
 from s2moe.moe.layer import expert_degree
 from s2moe.parallel import deepspeed_compat
 from s2moe.training.errors import TrainingError
@@ -72,6 +73,8 @@ class S2MoETrainerMixin(Base):
         self._losses: list[Tensor] = []  # task and auxiliary loss of each micro-batch since the last log event
         self._losses_from = 0
         check_arguments(self)
+        if is_adapter(self.model):
+            freeze_as_adapted(self.model)
 
     # --- losses ---------------------------------------------------------------------------------------
 
@@ -190,10 +193,7 @@ class S2MoETrainerMixin(Base):
             dist.barrier()
         if self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            path = Path(self._get_output_dir(trial), folder, COMPLETE)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(shape_of(self)), encoding="utf-8")
-            os.replace(temporary, path)
+            mark_complete(Path(self._get_output_dir(trial), folder), shape_of(self.accelerator, self.model))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. With True it continues from the newest complete checkpoint.
@@ -206,7 +206,7 @@ class S2MoETrainerMixin(Base):
             if resume_from_checkpoint is None:
                 raise ConfigError(f"no complete checkpoint in {self.args.output_dir}")
         if resume_from_checkpoint:
-            require_same_shape(Path(resume_from_checkpoint), shape_of(self))
+            require_same_shape(Path(resume_from_checkpoint), shape_of(self.accelerator, self.model))
         self._losses, self._losses_from = [], step_of(resume_from_checkpoint or "")
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
@@ -248,6 +248,7 @@ def cpu_processes() -> dict[str, Any]:
     TrainingArguments are made: ``TrainingArguments(..., **cpu_processes())``.
     """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    deepspeed_compat.leave_out_shared_memory()
     PartialState(backend="gloo")
     return {"accelerator_config": {"use_configured_state": True}}
 
@@ -255,41 +256,55 @@ def cpu_processes() -> dict[str, Any]:
 def check_arguments(trainer: Any) -> None:
     """Raise ConfigError for what would train or save wrongly without an error."""
     args, model = trainer.args, trainer.model
-    degree = expert_degree(model)
     if args.deepspeed and (args.use_cpu or trainer.accelerator.distributed_type != DistributedType.DEEPSPEED):
         raise ConfigError(
             "deepspeed=... may have no effect: with use_cpu=True accelerate leaves it out. On CPU processes use "
             "TrainingArguments(..., **cpu_processes()) and leave use_cpu alone"
         )
-    if degree > 1 and not trainer.is_deepspeed_enabled:
-        raise ConfigError("expert parallelism needs DeepSpeed: anything else would average different experts")
-    if degree > 1 and not args.accelerator_config.even_batches:
-        raise ConfigError("even_batches=False: with expert parallelism all processes take part in every forward pass")
-    if degree > 1 and args.save_on_each_node:
+    if expert_degree(model) > 1 and args.save_on_each_node:
         raise ConfigError("save_on_each_node=True: with expert parallelism one process gathers and writes all experts")
-    if trainer.is_fsdp_enabled:
-        raise ConfigError("FSDP is not supported with this project's experts: use DeepSpeed, whose ZeRO 3 is its like")
+    check_accelerator(trainer.accelerator, model)
     if not trainer.is_deepspeed_enabled:
         return
-    if is_adapter(model):
-        raise ConfigError(
-            "LoRA under DeepSpeed is not supported: its engine looks for experts that are trained, and would average "
-            "adapters of different ones. Train it in one process, or in several without DeepSpeed"
-        )
-    deepspeed_compat.check_version()
     settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ConfigError(
-            f"ZeRO {stage} is not supported: DeepSpeed then clips gradients by a norm that depends on expert "
-            "parallelism. Use stage 1, which costs nothing more"
-        )
     grouped = deepspeed_compat.frozen_experts(model) or trainer.learning_rates != LearningRates()
     if "optimizer" in settings and grouped:
         raise ConfigError(
             "DeepSpeed's own optimizer knows neither frozen experts nor learning rates by depth: take `optimizer` out "
             "of the DeepSpeed configuration, and the Trainer makes one"
         )
+
+
+def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raise ConfigError where accelerate, as it was set up, would train the model wrongly without an error."""
+    degree = expert_degree(model)
+    kind = accelerator.distributed_type
+    if degree > 1 and kind != DistributedType.DEEPSPEED:
+        raise ConfigError("expert parallelism needs DeepSpeed: anything else would average different experts")
+    if degree > 1 and not accelerator.even_batches:
+        raise ConfigError("even_batches=False: with expert parallelism all processes take part in every forward pass")
+    if kind == DistributedType.FSDP:
+        raise ConfigError("FSDP is not supported with this project's experts: use DeepSpeed, whose ZeRO 3 is its like")
+    if kind != DistributedType.DEEPSPEED:
+        return
+    if is_adapter(model) and (adapted := _adapted_expert(model)):
+        raise ConfigError(
+            f"LoRA on experts ({adapted}) under DeepSpeed is not supported: its engine would average adapters of "
+            "different experts. Adapt the attention alone, or train in one process, or in several without DeepSpeed"
+        )
+    deepspeed_compat.check_version()
+    stage = accelerator.state.deepspeed_plugin.hf_ds_config.config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"ZeRO {stage} is not supported: DeepSpeed then clips gradients by a norm that depends on expert "
+            "parallelism. Use stage 1, which costs nothing more"
+        )
+
+
+def _adapted_expert(model: nn.Module) -> str:
+    """The first trained weight of an expert, by its name; empty where there is none."""
+    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return next((name for name in names if ".experts." in name), "")
 
 
 def is_adapter(model: nn.Module) -> bool:
@@ -301,15 +316,22 @@ def is_adapter(model: nn.Module) -> bool:
     return isinstance(model, PeftModel)
 
 
-def shape_of(trainer: Any) -> dict[str, int]:
-    """How a run is spread; its checkpoints continue in the same shape only."""
-    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else 0
+def shape_of(accelerator: Accelerator, model: nn.Module) -> dict[str, int]:
+    """How training is spread; its checkpoints continue in the same shape only."""
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     return {
-        "processes": trainer.args.world_size,
-        "expert_parallel": expert_degree(trainer.model),
-        "zero_stage": stage,
-        "precision": 16 if trainer.args.fp16 or trainer.args.bf16 else 32,
+        "processes": accelerator.num_processes,
+        "expert_parallel": expert_degree(model),
+        "zero_stage": 0 if plugin is None else plugin.zero_stage,
+        "precision": 16 if accelerator.mixed_precision in ("fp16", "bf16") else 32,
     }
+
+
+def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:
+    """Write into a checkpoint, when all else is there, how training was spread."""
+    temporary = (checkpoint / COMPLETE).with_suffix(".tmp")
+    temporary.write_text(json.dumps(shape), encoding="utf-8")
+    os.replace(temporary, checkpoint / COMPLETE)
 
 
 def require_same_shape(checkpoint: Path, now: dict[str, int]) -> None:

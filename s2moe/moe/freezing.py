@@ -6,6 +6,10 @@ it. Those still feel the balance loss, whose gradient passes through a frozen ro
 
 Frozen with a router is all that is its own: temperatures, and what it changes between steps, such as a selection
 bias. Frozen with the experts are the shared ones. S2MoE's mixing gate is neither.
+
+A block of another architecture may have parts beside its SMoE layer (hub/block.py): Qwen2-MoE's shared expert, and an
+output bias that all experts share, are frozen with the experts; the shared expert's gate, which weighs it by the
+token, with the routers.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 from torch import nn
 
 from s2moe.moe.layer import SMoELayer
+from s2moe.parallel.deepspeed_compat import stacked_experts
 
 PARTS = {  # routers, experts
     "none": (False, False),
@@ -20,6 +25,7 @@ PARTS = {  # routers, experts
     "experts": (False, True),
     "routers_and_experts": (True, True),
 }
+SHARED, SHARED_GATES = ("shared_expert", "bias"), ("shared_expert_gate",)  # what a block may have beside its SMoE layer
 
 
 def freeze(model: nn.Module, routers: bool = True, experts: bool = True) -> None:
@@ -40,6 +46,12 @@ def freeze(model: nn.Module, routers: bool = True, experts: bool = True) -> None
             layer.experts.frozen = True
             if layer.shared is not None:
                 layer.shared.requires_grad_(False)
+    beside = (SHARED_GATES if routers else ()) + (SHARED if experts else ())
+    for module in model.modules():
+        if isinstance(getattr(module, "moe", None), SMoELayer):
+            for part in (getattr(module, name, None) for name in beside):
+                if part is not None:
+                    part.requires_grad_(False)
 
 
 def freeze_named(model: nn.Module, parts: str) -> None:
@@ -47,3 +59,16 @@ def freeze_named(model: nn.Module, parts: str) -> None:
     routers, experts = PARTS[parts]
     if routers or experts:
         freeze(model, routers, experts)
+
+
+def freeze_as_adapted(model: nn.Module) -> None:
+    """Freeze every router and all experts of which an adapter around ``model`` (PEFT's) trains nothing.
+
+    Not their weights alone, which the adapter has fixed: selection biases and thresholds too, which are not saved with
+    it; and frozen experts are known as such to DeepSpeed's optimizer (parallel/deepspeed_compat.py).
+    """
+    for layer in model.modules():
+        if isinstance(layer, SMoELayer):
+            for part, own in ((layer.router, layer.router), (layer.experts, stacked_experts(layer))):
+                if not any(parameter.requires_grad for parameter in part.parameters()):
+                    own.frozen = True

@@ -77,11 +77,16 @@ def init_distributed(backend: str, timeout: timedelta) -> None:
     ``timeout`` is for the others to join, and for each collective, unless ``set_timeout`` says otherwise afterwards.
     """
     check_version()
-    # A shared-memory all-reduce for inference on the CPU: otherwise compiled, for a minute, on the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory()
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, dist_init_required=True, timeout=timeout
     )
+
+
+def leave_out_shared_memory() -> None:
+    """Joining a process group, DeepSpeed shall not compile, for a minute, an all-reduce for inference on the CPU."""
+    if deepspeed is not None:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def set_timeout(timeout: timedelta) -> None:

@@ -104,6 +104,8 @@ def test_a_run_and_its_continuation(files: Path, tmp_path: Path) -> None:
     card = (directory / "hf" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
     assert f"| Test accuracy | {100 * whole['results']['test_accuracy']:.2f} %" in card
+    assert f"| Fine-tuned from | {files.name} |" in card
+    assert not [place for place in (str(files), str(tmp_path)) if place in card]
 
     chosen = settings(files, tmp_path / "stopped", **spread)
     stopped = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), chosen, 20)[0]

@@ -1,4 +1,4 @@
-"""The script in docs/finetuning.md runs, and the settings that the page names exist."""
+"""The Trainer's script in docs/finetuning.md runs, and the settings that the page names exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from s2moe.config import load
 from s2moe.config.finetune import FinetuneConfig
+from tests.test_docs import python_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
@@ -17,7 +18,7 @@ PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 
 def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (source,) = [block for block in python_blocks("docs/finetuning.md") if "S2MoETrainer(" in block]
     found: dict[str, object] = {}
     exec(compile(source, "docs/finetuning.md", "exec"), found)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")

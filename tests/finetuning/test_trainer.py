@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from s2moe import S2MoEForCausalLM, S2MoEForSequenceClassification, upcycle
+from s2moe.config import load
+from s2moe.config.finetune import FinetuneConfig
 from s2moe.config.learning_rates import LearningRates
 from s2moe.finetuning.callback import RoutingCallback
 from s2moe.finetuning.loading import load_pretrained
@@ -21,6 +24,7 @@ from s2moe.training.errors import TrainingError
 
 from .trainer_jobs import Texts, arguments, logged, pretrained, trainer, weights
 
+SST2 = Path(__file__).parents[2] / "configs" / "finetune" / "sst2.yaml"
 NO_AUX = {"moe": {"router": {"balance_loss": 0.0}}}
 
 
@@ -134,6 +138,30 @@ def test_layers_follow_the_trainers_steps(tmp_path: Path, learning: Path) -> Non
     assert len(loads) == 4
     assert min(loads) > 2 * 2 * 4  # two micro-batches of two texts of at least four tokens
     assert layer.router.bias_E.abs().max() > 0
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_the_noise_of_s2moe_can_be_left_out(tmp_path: Path, noise: bool) -> None:
+    """model.noise of a fine-tuning run: two passes in training differ by the noise alone, and without it not at all."""
+    source = pretrained(tmp_path / "s2moe", method="s2moe", stochastic={"samples": 8})
+    config = load(FinetuneConfig, SST2, [f"model.noise={str(noise).lower()}"])
+    moe = config.model_changes({"name": "topk", "balance_loss": 0.01}, ("a", "b", "c"))["moe"]
+    made = trainer(tmp_path / "run", source, {"moe": moe})
+    model, inputs = made.model.train(), batch()
+    first, second = (model(**inputs) for _ in range(2))
+    assert first.loss.equal(second.loss) != noise
+    tokens = int(inputs["attention_mask"].sum())
+    assert [int(layer.counts_E.sum()) for layer in first.routing] == [tokens * (2 if noise else 1)] * 2  # k = 1
+    evaluated = model.eval()(**inputs)
+    assert evaluated.logits.equal(first.logits) != noise  # what is trained is what is evaluated
+
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    made.train()
+    assert len(logged(made, "loss")) == 4
+    assert all(math.isfinite(loss) for loss in logged(made, "loss"))
+    assert all(("routing/infonce_loss" in event) == noise for event in made.state.log_history if "loss" in event)
+    still = {name for name, value in model.named_parameters() if value.equal(before[name])}
+    assert not still
 
 
 def test_schedules_see_the_runs_length(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -15,7 +14,7 @@ from accelerate.utils import DeepSpeedPlugin
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from s2moe import S2MoEConfig, S2MoEForCausalLM, S2MoEForSequenceClassification
 from s2moe.config import ConfigError
@@ -108,7 +107,7 @@ def trainer(
     args = args or arguments(output, **settings)
     torch.manual_seed(5)
     changed = {"num_labels": CLASSES, **(changes or {})}
-    model = load_pretrained(S2MoEForSequenceClassification, source, parallel, changed)
+    model = load_pretrained(AutoModelForSequenceClassification, source, parallel, changed)
     freeze_named(model, freeze)
     data = data or Texts()
     routing = RoutingCallback(write=False)
@@ -149,7 +148,7 @@ def spread_run(
         "eval": evaluated["eval_loss"],
         "best": made.state.best_model_checkpoint,
         "experts": len((parallel or ExpertParallel()).local_experts(4)),
-        "biases": [layer.moe.router.bias_E.tolist() for layer in made.model.model.layers if "bias" in source],
+        "biases": [router.bias_E.tolist() for router in made.model.modules() if hasattr(router, "bias_E")],
     }
 
 
@@ -217,16 +216,3 @@ def refusals(source: str, output: str) -> dict[str, str]:
             found[name] = str(error)
         AcceleratorState._reset_state()
     return found
-
-
-def refused_lora(source: str, output: str) -> str:
-    """The error of an adapter under DeepSpeed."""
-    settings = {"deepspeed": deepspeed_settings(1), "accelerator_config": cpu_processes()["accelerator_config"]}
-    args = arguments(output, **settings)
-    model = load_pretrained(S2MoEForCausalLM, source, deepspeed_compat.expert_parallel(1))
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    try:
-        S2MoETrainer(model=tuned, args=args, train_dataset=Texts())
-    except ConfigError as error:
-        return str(error)
-    return ""

@@ -8,11 +8,12 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from s2moe import S2MoEForCausalLM
+from s2moe import S2MoEForCausalLM, from_transformers, upcycle
 from s2moe.config.run import TrainingConfig
 from s2moe.moe.freezing import PARTS, freeze, freeze_named
 from s2moe.parallel.deepspeed_compat import FROZEN, optimizer_groups
 from s2moe.training.engine import set_learning_rate
+from tests.hub.foreign import foreign, ids
 from tests.models.decoder import tiny
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -80,6 +81,32 @@ def test_the_balance_loss_still_reaches_the_hidden_states(given: dict[str, Any])
     model(ids, labels=ids).aux_loss.backward()
     assert model.model.embed_tokens.weight.grad.abs().max() > 1e-8
     assert model.model.layers[0].attention.v_proj.weight.grad.abs().max() > 1e-8
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt2"])
+def test_what_another_architecture_has_beside_its_layers_is_frozen_with_them(name: str, parts: str) -> None:
+    """Qwen2-MoE's shared expert and the bias of GPT-2's MLPs with the experts, the shared expert's gate as a router."""
+    theirs = foreign(name).train()
+    model = upcycle(theirs, experts=4) if name == "gpt2" else from_transformers(theirs)
+    routers, experts = PARTS[parts]
+    freeze_named(model, parts)
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
+        loss = model(ids(), labels=ids()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    kept = {key for key, value in model.named_parameters() if value.equal(before[key])}
+    routing = (".router.", ".shared_expert_gate.")
+    computing = (".experts.", ".shared_expert.", ".mlp.bias")
+    wanted = {key for key in before for part in routing if routers and part in key}
+    wanted |= {key for key in before for part in computing if experts and (part in key or key.endswith(part))}
+    assert kept == wanted
+    if experts:
+        assert any(key.endswith(".mlp.bias") if name == "gpt2" else ".shared_expert." in key for key in kept)
 
 
 def test_a_frozen_routers_bias_does_not_move() -> None:

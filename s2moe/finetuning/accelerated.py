@@ -1,0 +1,85 @@
+"""A loop of one's own under accelerate: what S2MoETrainer does for its own.
+
+accelerate alone would do three things wrong, without an error: average different experts where it was started
+without DeepSpeed, clip by another norm under ZeRO 0, and continue from a state of another expert-parallel degree with
+moments of other experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from s2moe.config.options import ConfigError
+from s2moe.moe.freezing import freeze_as_adapted
+from s2moe.moe.layer import SMoELayer
+from s2moe.training.ranks import from_first
+
+from .callback import connect
+from .trainer import (
+    COMPLETE,
+    check_accelerator,
+    is_adapter,
+    mark_complete,
+    require_same_shape,
+    shape_of,
+    step_of,
+)
+
+STATE = "state-{step}"  # the directory of one state
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, *others: Any) -> tuple[Any, ...]:
+    """``accelerator.prepare``, after a look at whether it can train this model, and with loads of all processes.
+
+    Raises:
+        ConfigError: it would train wrongly, saying what to change.
+    """
+    check_accelerator(accelerator, model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        sparse = any(isinstance(layer, SMoELayer) for layer in model.modules())
+        if sparse and not any(group.get("moe") for group in getattr(optimizer, "param_groups", [])):
+            raise ConfigError(
+                "DeepSpeed wants experts in groups of their own: give the optimizer parameter_groups(model, lr, "
+                "weight_decay) of s2moe.finetuning.optimizer, not model.parameters()"
+            )
+    if is_adapter(model):
+        freeze_as_adapted(model)
+    connect(model)
+    prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
+    return prepared
+
+
+def save_state(accelerator: Accelerator, model: nn.Module, directory: Path | str, step: int) -> None:
+    """``accelerator.save_state`` to directory/state-STEP, complete when this returns. Collective.
+
+    Args:
+        model: as ``prepare`` returned it.
+    """
+    target = Path(directory) / STATE.format(step=step)
+    if accelerator.is_main_process:
+        (target / COMPLETE).unlink(missing_ok=True)
+    accelerator.save_state(str(target))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        mark_complete(target, shape_of(accelerator, accelerator.unwrap_model(model)))
+    accelerator.wait_for_everyone()
+
+
+def load_state(accelerator: Accelerator, model: nn.Module, directory: Path | str) -> int:
+    """Continue from the newest complete state in `directory`; the steps that were done then, 0 if there is none.
+
+    Raises:
+        ConfigError: it was written by a loop that was spread otherwise.
+    """
+    found = [path.parent for path in Path(directory).glob(STATE.format(step="*") + f"/{COMPLETE}")]
+    newest = from_first(max(found, key=step_of, default=None))
+    if newest is None:
+        return 0
+    require_same_shape(newest, shape_of(accelerator, accelerator.unwrap_model(model)))
+    accelerator.load_state(str(newest))
+    return step_of(newest)
