@@ -24,7 +24,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from s2moe.hub.families import ACTIVATIONS, CONFIGS, MODELS, SparseModelMixin, family_of, undrawn_experts
+from s2moe.hub.families import ACTIVATIONS, family_of
+from s2moe.hub.sparse_models import CONFIGS, MODELS, SparseModelMixin, undrawn_experts
 from s2moe.models import S2MoEConfig, S2MoEForCausalLM
 from s2moe.moe.config import MoEConfig
 
@@ -85,6 +86,8 @@ def to_transformers(model: PreTrainedModel) -> PreTrainedModel:
         return _native_to(model)
     if not isinstance(model, SparseModelMixin):
         raise ValueError(f"{type(model).__name__} has none of our SMoE layers")
+    if not isinstance(model, MODELS[model.family.name]):
+        raise ValueError(f"{type(model).__name__} is no causal language model, which is what goes out")
     family, moe = model.family, model.config.moe_config()
     renormalised = _rule(moe)
     sparse = [family.is_sparse(block, layer, moe) for layer, block in enumerate(family.blocks(model))]

@@ -161,7 +161,13 @@ class SparseBaseMixin(ExchangedMixin):
             routing_context=context,
             **{**kwargs, "return_dict": True},
         )
-        return S2MoEModelOutput(**output, routing=self._take_statistics())
+        return S2MoEModelOutput(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            routing=self._take_statistics(),
+        )
 
 
 class SparseCausalLMMixin(ExchangedMixin):

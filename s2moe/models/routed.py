@@ -79,7 +79,7 @@ class RoutedModel(WithoutReentrance):
         self,
         context: RoutingContext | None,
         experts_per_token: int | None,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         target_BS: Tensor | None,
@@ -91,6 +91,8 @@ class RoutedModel(WithoutReentrance):
             self._forwards += self.training
         embedded = input_ids if inputs_embeds is None else inputs_embeds
         assert embedded is not None
+        if isinstance(attention_mask, dict):  # by kind of layer, as `generate` makes them for a static cache
+            attention_mask = attention_mask.get("full_attention")
         # A mask of another shape covers cached positions too, or is already a matrix: no padding to leave out.
         if attention_mask is not None and attention_mask.shape == embedded.shape[:2]:
             context = replace(context, mask_T=attention_mask.reshape(-1).bool())
