@@ -96,7 +96,7 @@ class Experts(nn.Module):
         device, dtype = rows_ND.device.type, self.w1.dtype
         if torch.is_autocast_enabled(device):  # which knows nothing of stacked experts
             dtype = torch.get_autocast_dtype(device)
-        # Under DeepSpeed even frozen weights require a gradient (optimizer_groups in parallel/deepspeed_compat.py).
+        # Under DeepSpeed even frozen weights require a gradient (optimizer_groups in parallel/deepspeed_compat).
         w1, w2, w3 = (w.detach() if self.frozen else w for w in (self.w1, self.w2, self.w3))
         hidden_factor = None
         if seed_N is not None:

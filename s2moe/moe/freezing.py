@@ -65,7 +65,7 @@ def freeze_as_adapted(model: nn.Module) -> None:
     """Freeze every router and all experts of which an adapter around ``model`` (PEFT's) trains nothing.
 
     Not their weights alone, which the adapter has fixed: selection biases and thresholds too, which are not saved with
-    it; and frozen experts are known as such to DeepSpeed's optimizer (parallel/deepspeed_compat.py).
+    it; and frozen experts are known as such to DeepSpeed's optimizer (parallel/deepspeed_compat).
     """
     for layer in model.modules():
         if isinstance(layer, SMoELayer):

@@ -128,7 +128,7 @@ def unmended(degree: int, stage: int, moe: dict[str, Any], folder: str, name: st
     trainer = Trainer(degree, stage, moe, seed=1)
     engine = trainer.engine
     engine._config.load_universal_checkpoint = True
-    with deepspeed_compat._safe_loading(mmap=False):
+    with deepspeed_compat.safe_loading(mmap=False):
         engine.load_checkpoint(str(Path(folder, "universal")), tag=name)
     engine._config.load_universal_checkpoint = False
     buffers = {key: buffer.clone() for key, buffer in engine.module.named_buffers()}

@@ -1,4 +1,4 @@
-"""What s2moe/parallel/deepspeed_compat.py relies on inside DeepSpeed, checked against the installed release."""
+"""What s2moe/parallel/deepspeed_compat relies on inside DeepSpeed, checked against the installed release."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from s2moe.parallel import deepspeed_compat
+from s2moe.parallel.deepspeed_compat import release
 from tests.distributed import jobs
 from tests.distributed_harness import run_distributed
 
@@ -16,13 +17,13 @@ pytestmark = pytest.mark.distributed
 
 
 def test_an_untried_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_compat.deepspeed, "__version__", "0.99.0")
+    monkeypatch.setattr(release.deepspeed, "__version__", "0.99.0")
     with pytest.raises(RuntimeError, match=re.escape("pip install deepspeed==0.19.8")):
         deepspeed_compat.check_version()
 
 
 def test_a_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_compat, "deepspeed", None)
+    monkeypatch.setattr(release, "deepspeed", None)
     with pytest.raises(RuntimeError, match="pip install deepspeed"):
         deepspeed_compat.check_version()
 
