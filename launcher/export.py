@@ -108,7 +108,7 @@ def convert(options: argparse.Namespace) -> Path:
             return directories.export_directory(options.model, options.out)
         import torch
 
-        from s2moe.config.upcycle import moe_settings
+        from s2moe.hub.upcycle_settings import moe_settings
 
         torch.manual_seed(options.seed)
         names = ("method", "experts", "experts_per_token", "every", "first_dense", "slices", "noise")

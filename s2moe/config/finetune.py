@@ -41,7 +41,10 @@ class FinetuneModelConfig:
         0.0, "coefficient of the router's balance loss; 0 as published; null: as in pre-training"
     )
     noise: bool = option(True, "keep S2MoE's noisy copies in training; false: train the clean path alone")
-    hidden_dropout: float | None = option(None, "dropout of each residual branch; null: as in pre-training")
+    hidden_dropout: float | None = option(
+        None,
+        "dropout of each residual branch, which native models and GPT-2 have; null: as in pre-training",
+    )
     freeze: Literal["none", "routers", "experts", "routers_and_experts"] = option(
         "none", "what of the SMoE layers is not trained; X-MoE fine-tunes with routers_and_experts"
     )

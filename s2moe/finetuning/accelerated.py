@@ -15,15 +15,14 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from s2moe.config.options import ConfigError
-from s2moe.moe.freezing import freeze_as_adapted
 from s2moe.moe.layer import SMoELayer
 from s2moe.training.ranks import from_first
 
+from .adapters import freeze_what_an_adapter_leaves
 from .callback import connect
 from .trainer import (
     COMPLETE,
     check_accelerator,
-    is_adapter,
     mark_complete,
     require_same_shape,
     shape_of,
@@ -47,8 +46,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, *others:
                 "DeepSpeed wants experts in groups of their own: give the optimizer parameter_groups(model, lr, "
                 "weight_decay) of s2moe.finetuning.optimizer, not model.parameters()"
             )
-    if is_adapter(model):
-        freeze_as_adapted(model)
+    freeze_what_an_adapter_leaves(model)
     connect(model)
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
     return prepared

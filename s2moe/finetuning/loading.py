@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from s2moe.config.options import ConfigError
 from s2moe.models.zero3 import without_zero3
@@ -43,7 +44,7 @@ def load_pretrained(
 
     Args:
         cls: a class of model with SMoE layers, or one of transformers' Auto classes, which finds the weights' own:
-            AutoModelForSequenceClassification, AutoModelForCausalLM.
+            AutoModelForSequenceClassification, AutoModelForCausalLM, AutoModel.
         parallel: where the experts live; None for a single process.
         changes: of the configuration, nested ones included, e.g. {"num_labels": 5, "moe": {"router":
             {"balance_loss": 0.0}}, "hidden_dropout": 0.1}.
@@ -56,7 +57,10 @@ def load_pretrained(
     cls = _class_for(cls, config, weights)
     with without_zero3():
         model = cls(config, parallel)
-    tensors = dict(_tensors(weights))
+    if weights.hf is not None and model.can_generate() and (weights.hf / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(weights.hf)
+    headless = f"{model.base_model_prefix}." if model.base_model is model else ""
+    tensors = {name.removeprefix(headless): read for name, read in _tensors(weights)}
     missing, unexpected = _load(model, tensors)
     gates = {name for name in unexpected if ".mix_gate." in name}
     stochastic = config.moe_config().stochastic
@@ -109,8 +113,10 @@ def changed_config(weights: Weights, changes: Mapping[str, Any]) -> Any:
         )
     try:
         config = cls.from_dict(deep_merge(values, changes))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"{weights.description} with {dict(changes)}: {error}") from error
+    if config.num_labels < 1:
+        raise ConfigError(f"num_labels must be at least 1, got {config.num_labels}")
     unknown = [name for name in changes if not hasattr(cls(), name)]
     if unknown:
         raise ConfigError(f"{weights.description}: a model of type {kind!r} has no {', '.join(unknown)}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,15 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import is_peft_available
 
 from s2moe.config.learning_rates import LearningRates
 from s2moe.config.options import ConfigError
-from s2moe.moe.freezing import freeze_as_adapted
 from s2moe.moe.layer import expert_degree
 from s2moe.parallel import deepspeed_compat
 from s2moe.training.errors import TrainingError
 from s2moe.training.export import gather_state
 
+from .adapters import adapted_expert, freeze_what_an_adapter_leaves, is_adapter
 from .callback import RoutingCallback, mean_figures
 from .optimizer import parameter_groups
 
@@ -73,8 +73,7 @@ class S2MoETrainerMixin(Base):
         self._losses: list[Tensor] = []  # task and auxiliary loss of each micro-batch since the last log event
         self._losses_from = 0
         check_arguments(self)
-        if is_adapter(self.model):
-            freeze_as_adapted(self.model)
+        freeze_what_an_adapter_leaves(self.model)
 
     # --- losses ---------------------------------------------------------------------------------------
 
@@ -256,6 +255,12 @@ def cpu_processes() -> dict[str, Any]:
 def check_arguments(trainer: Any) -> None:
     """Raise ConfigError for what would train or save wrongly without an error."""
     args, model = trainer.args, trainer.model
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"one process with {args.n_gpu} GPUs: torch's DataParallel cannot put the layers' statistics together. "
+            "Start a process for each with torchrun, accelerate or deepspeed, or show it one: CUDA_VISIBLE_DEVICES=0"
+        )
+    _warn_of_half_weights(trainer)
     if args.deepspeed and (args.use_cpu or trainer.accelerator.distributed_type != DistributedType.DEEPSPEED):
         raise ConfigError(
             "deepspeed=... may have no effect: with use_cpu=True accelerate leaves it out. On CPU processes use "
@@ -275,6 +280,18 @@ def check_arguments(trainer: Any) -> None:
         )
 
 
+def _warn_of_half_weights(trainer: Any) -> None:
+    """Optimizers lose small updates of 16-bit weights; DeepSpeed keeps float32 copies if it is told of them."""
+    kinds = {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad}
+    half = kinds & {torch.bfloat16, torch.float16}
+    if half and not (trainer.is_deepspeed_enabled and (trainer.args.bf16 or trainer.args.fp16)):
+        warnings.warn(
+            f"weights in {', '.join(sorted(map(str, half)))} are trained as they are, and lose small updates: load the "
+            "model with dtype=torch.float32 (load_pretrained does); bf16=True then computes in bfloat16",
+            stacklevel=2,
+        )
+
+
 def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
     """Raise ConfigError where accelerate, as it was set up, would train the model wrongly without an error."""
     degree = expert_degree(model)
@@ -287,7 +304,7 @@ def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
         raise ConfigError("FSDP is not supported with this project's experts: use DeepSpeed, whose ZeRO 3 is its like")
     if kind != DistributedType.DEEPSPEED:
         return
-    if is_adapter(model) and (adapted := _adapted_expert(model)):
+    if is_adapter(model) and (adapted := adapted_expert(model)):
         raise ConfigError(
             f"LoRA on experts ({adapted}) under DeepSpeed is not supported: its engine would average adapters of "
             "different experts. Adapt the attention alone, or train in one process, or in several without DeepSpeed"
@@ -299,21 +316,6 @@ def check_accelerator(accelerator: Accelerator, model: nn.Module) -> None:
             f"ZeRO {stage} is not supported: DeepSpeed then clips gradients by a norm that depends on expert "
             "parallelism. Use stage 1, which costs nothing more"
         )
-
-
-def _adapted_expert(model: nn.Module) -> str:
-    """The first trained weight of an expert, by its name; empty where there is none."""
-    names = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return next((name for name in names if ".experts." in name), "")
-
-
-def is_adapter(model: nn.Module) -> bool:
-    """Whether it is a PEFT model, which saves its adapter alone."""
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def shape_of(accelerator: Accelerator, model: nn.Module) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import transformers
@@ -44,7 +44,11 @@ def gpt2_weights(mlp: Any) -> DenseWeights:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of transformers. ``moe_block`` names the class of MLPs that are mixtures already."""
+    """One architecture of transformers.
+
+    ``moe_block`` names the class of MLPs that are mixtures already; ``learned_positions`` says that its positions have
+    embeddings, which count from the first token, padding included; ``our_names`` are S2MoEConfig's of its options.
+    """
 
     name: str
     config_name: str
@@ -53,6 +57,8 @@ class Family:
     form: str = "gated"
     weights: Callable[[Any], DenseWeights] = gated_weights
     moe_block: str = ""
+    learned_positions: bool = False
+    our_names: dict[str, str] = field(default_factory=dict)
     refuse: Callable[[Any], str] = lambda config: ""
 
     @property
@@ -88,6 +94,7 @@ def _llama_biases(config: Any) -> str:
     return "mlp_bias=true: experts have no biases in the gated form" if config.mlp_bias else ""
 
 
+GPT2: dict[str, Any] = {"learned_positions": True, "our_names": {"hidden_dropout": "resid_pdrop"}}
 FAMILIES = {
     family.name: family
     for family in (
@@ -95,7 +102,7 @@ FAMILIES = {
         Family("mistral", "MistralConfig", "MistralForCausalLM"),
         Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
         Family("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
-        Family("gpt2", "GPT2Config", "GPT2LMHeadModel", layers="h", form="mlp", weights=gpt2_weights),
+        Family("gpt2", "GPT2Config", "GPT2LMHeadModel", "h", "mlp", gpt2_weights, **GPT2),
         Family("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeForCausalLM", moe_block="Qwen2MoeSparseMoeBlock"),
         Family("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", moe_block="Qwen3MoeSparseMoeBlock"),
         Family("olmoe", "OlmoeConfig", "OlmoeForCausalLM", moe_block="OlmoeSparseMoeBlock"),

@@ -6,8 +6,8 @@ out   S2MoEForCausalLM                                       Llama (dense), Mixt
       models with our layers in them                         Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE
 
 Out goes what is plain top-k routing in evaluation: softmax, the k largest, renormalised or not. What only training
-has (S2MoE's noise, auxiliary losses, capacity) is left behind; the rest is refused. Nothing is rounded: logits agree
-to the last bits.
+has (S2MoE's noise, auxiliary losses, capacity) is left behind; the rest is refused. No weight is rounded: in float32
+logits agree to the last bits. (In bfloat16 our routers compute in float32 and theirs do not.)
 
 Qwen2-MoE is the most general of them: dense layers anywhere, weights that are not renormalised, and shared experts,
 whose gate σ(0) = 1/2 is made up for by doubling their last matrix.

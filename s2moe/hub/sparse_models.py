@@ -28,6 +28,7 @@ from transformers.utils import can_return_tuple
 from s2moe.hub.block import SparseMLP, context_block, sparse_blocks
 from s2moe.hub.families import FAMILIES, Family
 from s2moe.models.classification import LastTokenClassifier
+from s2moe.models.configuration import require_model_type
 from s2moe.models.routed import (
     RoutedModel,
     S2MoECausalLMOutput,
@@ -75,6 +76,12 @@ class SparseConfigMixin(_Theirs):
         check_foreign(moe)
         self.moe = asdict(moe)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' own. Raises ValueError for another type of model, whose weights would not be found."""
+        require_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     def moe_config(self) -> MoEConfig:
         """The typed options of the SMoE layers."""
@@ -235,6 +242,7 @@ class SparseClassifierMixin(LastTokenClassifier, SparseModelMixin):
         super().__init__(config)
         setattr(self, self.base_model_prefix, self.base(config, parallel))
         self.num_labels = config.num_labels
+        self.learned_positions = self.family.learned_positions
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
@@ -267,6 +275,7 @@ def register_families() -> None:
                 __annotations__={"moe": dict | None},
                 model_type=family.model_type,
                 moe=None,
+                attribute_map=family.their_config.attribute_map | family.our_names,
             )
         )
         own = {"config_class": config, "family": family}

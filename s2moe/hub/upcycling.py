@@ -21,6 +21,7 @@ capacity work in training alone.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -38,6 +39,14 @@ from s2moe.moe.routers import LinearScores
 from s2moe.moe.routing import RoutingContext
 from s2moe.options import deep_merge
 
+ARGUMENTS = {  # of upcycle, by the layers' options that they decide
+    "method": "method",
+    "num_experts": "experts",
+    "experts_per_token": "experts_per_token",
+    "every": "every",
+    "first_dense": "first_dense",
+}
+OF_THE_DENSE_MODEL = ("expert_hidden", "expert_form", "activation")
 TRIED_TOKENS = 32  # hidden states on which each layer is tried
 SAME_SUM = 1e-4  # how far a token's weights may sum to something else than another's
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative error
@@ -89,8 +98,13 @@ def upcycle(
     width, form, activation = _shape(model, family)
     if slices < 1 or width % slices:
         raise ValueError(f"slices must divide the MLP's hidden width {width}, got {slices}")
-    if noise < 0:
-        raise ValueError(f"noise must not be negative, got {noise}")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be a number, not negative, got {noise}")
+    for name in moe or {}:
+        if name in ARGUMENTS:
+            raise ValueError(f"moe holds {name!r}, which is the argument {ARGUMENTS[name]}")
+        if name in OF_THE_DENSE_MODEL:
+            raise ValueError(f"moe holds {name!r}, which follows from the dense model, whose MLPs become the experts")
     given = {
         **(moe or {}),
         "method": method,
@@ -129,8 +143,6 @@ def upcycle(
 
 def _resolve(given: dict[str, Any], experts_per_token: int | None, slices: int) -> MoEConfig:
     """The layers' options, with a rule of weights that sum to 1 where the user leaves it open."""
-    if experts_per_token is None:
-        experts_per_token = given.get("experts_per_token")
     if experts_per_token is None:
         experts_per_token = min(resolve_moe(given).experts_per_token * slices, given["num_experts"])
     given = {**given, "experts_per_token": experts_per_token}

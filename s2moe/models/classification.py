@@ -41,6 +41,7 @@ class LastTokenClassifier(_Base):
     """The forward of a model with a ``base_model`` and a linear ``score`` of ``config.num_labels`` classes."""
 
     score: nn.Linear
+    learned_positions = False  # which padding on the left would shift; rotary ones are relative
 
     @can_return_tuple
     def forward(
@@ -73,6 +74,8 @@ class LastTokenClassifier(_Base):
             attention_mask = input_ids.ne(self.config.pad_token_id).long()
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("attention_mask: the last real token is found in a mask [B, S] only")
+        if self.learned_positions and position_ids is None and attention_mask is not None and past_key_values is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -92,6 +95,8 @@ class LastTokenClassifier(_Base):
         if labels is not None:
             share = batch_share(labels, num_items_in_batch)
             mean = self.loss_function(labels=labels, pooled_logits=logits_BC.float(), config=self.config)
+            if not labels.is_floating_point():
+                mean = torch.where(labels.ne(-100).any(), mean, 0.0)  # of no label it is 0 / 0
             task_loss = mean * share  # the share of means over texts is what adds up to the mean over all batches
             loss = task_loss if aux_loss is None else task_loss + aux_loss * share
         return S2MoESequenceClassifierOutput(

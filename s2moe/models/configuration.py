@@ -130,6 +130,12 @@ class S2MoEConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: must lie in [0, 1), got {getattr(self, name)}")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' own. Raises ValueError for another type of model, whose weights would not be found."""
+        require_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
     def attention_shape(self) -> AttentionShape:
         """The resolved sizes of attention."""
         assert self.num_key_value_heads is not None
@@ -140,6 +146,15 @@ class S2MoEConfig(PreTrainedConfig):
         """The typed options of the SMoE layers."""
         assert self.moe is not None  # set in __post_init__
         return typed_moe(self.moe)
+
+
+def require_model_type(cls: type[PreTrainedConfig], values: dict[str, Any]) -> None:
+    """Raise ValueError if these are of another type of model: transformers would warn, and draw all weights anew."""
+    kind = values.get("model_type", cls.model_type)
+    if kind != cls.model_type:
+        raise ValueError(
+            f"a model of type {kind!r} is no {cls.model_type!r}: transformers' Auto classes find the one that fits"
+        )
 
 
 def meta_router(moe: MoEConfig, hidden_size: int) -> Router:

@@ -86,7 +86,11 @@ class InitialWeights:
         assert options.weights is not None
         directory = _directory(Path(options.weights))
         self._noise, self._seed = options.noise, seed
-        self._source, self._config = S2MoEConfig.from_pretrained(directory), config
+        try:
+            self._source = S2MoEConfig.from_pretrained(directory)
+        except ValueError as error:
+            raise ConfigError(f"{KEY}: {directory}: {error}") from error
+        self._config = config
         self._files = TensorFiles(directory)
         trained = Weights(hf=directory).tokenizer
         if trained and trained != tokenizer:

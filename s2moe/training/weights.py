@@ -94,8 +94,11 @@ def load_weights(weights: Weights) -> S2MoEForCausalLM:
     """The model with these weights, on the CPU, in evaluation mode."""
     if weights.hf is not None:
         check_language_model(weights.hf)
-        with no_progress_bars():
-            return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
+        try:
+            with no_progress_bars():
+                return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
+        except ValueError as error:
+            raise ConfigError(f"{weights.hf} cannot be used here: {error}") from error
     assert weights.checkpoint is not None
     config = checkpoint_config(weights.checkpoint)
     state = checkpoint_state(weights.checkpoint)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
@@ -17,6 +18,7 @@ from s2moe.finetuning.accelerated import load_state, prepare
 from s2moe.finetuning.loading import load_pretrained
 from s2moe.finetuning.optimizer import parameter_groups
 from s2moe.finetuning.trainer import cpu_processes, mark_complete, shape_of
+from s2moe.moe.routing import RoutingContext
 from s2moe.parallel import deepspeed_compat
 
 REFUSED = {
@@ -26,6 +28,35 @@ REFUSED = {
     "other degree": "expert_parallel was 1, is 2",
     "no deepspeed": "expert parallelism needs DeepSpeed",
 }
+
+
+def adapter_run(source: str, experts: bool) -> list[float] | str:
+    """Losses of a loop that trains an adapter, of experts too or not, and moves nothing else; or the error."""
+    cpu_processes()
+    model = load_pretrained(S2MoEForCausalLM, source, deepspeed_compat.expert_parallel(2))
+    parts = ["experts.w1"] if experts else None
+    torch.manual_seed(1)
+    tuned: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parts))
+    before = {name: weight.detach().clone() for name, weight in tuned.named_parameters()}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2))
+    accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 2
+    optimizer = torch.optim.SGD(parameter_groups(tuned, lr=1.0, weight_decay=0.0))
+    try:
+        engine, optimizer = prepare(accelerator, tuned, optimizer)
+    except ConfigError as error:
+        return str(error)
+    ids = torch.arange(24).reshape(4, 6)[accelerator.process_index * 2 :][:2]
+    losses = []
+    for step in range(3):
+        output = engine(input_ids=ids, labels=ids, context=RoutingContext(seed=1, step=step, steps=3))
+        accelerator.backward(output.loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(output.task_loss.detach(), "mean").item())
+    moved = {name for name, weight in tuned.named_parameters() if not weight.equal(before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    return losses
 
 
 def refusals(source: str, states: str) -> dict[str, str]:

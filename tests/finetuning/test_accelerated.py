@@ -26,7 +26,7 @@ from tests.distributed_harness import run_distributed
 from tests.models.decoder import tiny
 from tests.test_docs import python_blocks
 
-from .accelerated_jobs import REFUSED, refusals
+from .accelerated_jobs import REFUSED, adapter_run, refusals
 from .trainer_jobs import pretrained, weights
 
 pytestmark = pytest.mark.distributed
@@ -111,3 +111,13 @@ def test_what_would_go_wrong_is_refused(tmp_path: Path) -> None:
         assert found.keys() == REFUSED.keys()
         for name, message in REFUSED.items():
             assert message in found[name], name
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """Of the attention they train, with half of the experts on each rank; of experts they are refused."""
+    source = str(pretrained(tmp_path / "source"))
+    first, second = run_distributed(adapter_run, 2, source, False)
+    assert first == second
+    assert first[-1] < first[0]
+    for said in run_distributed(adapter_run, 2, source, True):
+        assert "LoRA on experts" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from s2moe import S2MoEForCausalLM, S2MoEForSequenceClassification, upcycle
-from s2moe.config import load
+from s2moe.config import ConfigError, load
 from s2moe.config.finetune import FinetuneConfig
 from s2moe.config.learning_rates import LearningRates
 from s2moe.finetuning.callback import RoutingCallback
 from s2moe.finetuning.loading import load_pretrained
 from s2moe.finetuning.optimizer import parameter_groups
-from s2moe.finetuning.trainer import COMPLETE, S2MoETrainer, newest_checkpoint
+from s2moe.finetuning.trainer import COMPLETE, S2MoETrainer, check_arguments, newest_checkpoint
 from s2moe.training.errors import TrainingError
 
 from .trainer_jobs import Texts, arguments, logged, pretrained, trainer, weights
@@ -355,3 +356,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, source: Path) -
         made.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="not finite at step 1"):
         made.train()
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's DataParallel would gather statistics that it does not understand."""
+    args = arguments(tmp_path, use_cpu=True)
+    monkeypatch.setattr(type(args), "n_gpu", 2)
+    with pytest.raises(ConfigError, match="one process with 2 GPUs"):
+        check_arguments(SimpleNamespace(args=args, model=load_pretrained(S2MoEForCausalLM, source)))
+
+
+def test_sixteen_bit_weights_are_warned_of(tmp_path: Path, source: Path) -> None:
+    model = load_pretrained(S2MoEForCausalLM, source).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="weights in torch.bfloat16 are trained as they are"):
+        S2MoETrainer(model=model, args=arguments(tmp_path, use_cpu=True), train_dataset=Lines())

@@ -45,14 +45,17 @@ def test_the_auto_classes_find_all_heads(name: str, tmp_path: Path) -> None:
     assert language(ids(), return_dict=False)[0].equal(model(ids()).logits)
 
 
+@pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_padding_does_not_reach_a_classifier(name: str, tmp_path: Path) -> None:
+def test_padding_does_not_reach_a_classifier(name: str, left: bool, tmp_path: Path) -> None:
     model = sparse(name)
     model.save_pretrained(tmp_path)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).eval()
-    alone = classifier(ids()[:1, :5]).logits
-    mask = torch.ones_like(ids())
-    mask[0, 5:] = 0
+    real = slice(4, None) if left else slice(None, 5)
+    alone = classifier(ids()[:1, real]).logits
+    mask = torch.zeros_like(ids())
+    mask[0, real] = 1
+    mask[1] = 1
     padded = classifier(ids(), attention_mask=mask)
     torch.testing.assert_close(padded.logits[:1], alone, rtol=1e-4, atol=1e-5)
     assert all(layer.counts_E.sum() == 2 * mask.sum() for layer in padded.routing)

@@ -60,6 +60,18 @@ def test_loss_is_the_mean_over_texts_and_layers() -> None:
     assert model.model.layers[0].moe.router.scores.weight.grad.abs().sum() > 0
 
 
+def test_a_batch_without_a_class_has_no_task_loss() -> None:
+    """It may be a micro-batch of many."""
+    model = S2MoEForSequenceClassification(config()).train()
+    ids, labels = torch.randint(0, 32, (2, 6)), torch.tensor([-100, -100])
+    for items in (None, torch.tensor(4)):
+        model.zero_grad()
+        out = model(input_ids=ids, labels=labels, num_items_in_batch=items)
+        assert out.task_loss == 0
+        out.loss.backward()
+        assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+
+
 def test_it_starts_from_a_language_model(tmp_path: Path) -> None:
     """Through from_pretrained, and through load_pretrained, whole and by experts; the head alone is new."""
     language = S2MoEForCausalLM(config())

@@ -6,21 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from s2moe.config.loader import build, read_override
+from s2moe.config.model import with_checked_router
+from s2moe.config.options import ConfigError, Section, open_section
+from s2moe.hub.upcycling import ARGUMENTS, OF_THE_DENSE_MODEL
 from s2moe.moe.config import MoEConfig
 from s2moe.options import deep_merge
-
-from .loader import build, read_override
-from .model import with_checked_router
-from .options import ConfigError, Section, open_section
-
-OPTIONS = {
-    "method": "--method",
-    "num_experts": "--experts",
-    "experts_per_token": "--experts-per-token",
-    "every": "--every",
-    "first_dense": "--first-dense",
-}
-OF_THE_DENSE_MODEL = ("expert_hidden", "expert_form", "activation")
 
 
 def moe_settings(overrides: Iterable[str], method: str, experts: int) -> dict[str, Any]:
@@ -36,8 +27,8 @@ def moe_settings(overrides: Iterable[str], method: str, experts: int) -> dict[st
         tree = deep_merge(tree, read_override(text, section))
     given = (tree.get("model") or {}).get("moe") or {}
     for name in given:
-        if name in OPTIONS:
-            raise ConfigError(f"model.moe.{name}: is given as {OPTIONS[name]}")
+        if name in ARGUMENTS:
+            raise ConfigError(f"model.moe.{name}: is given as --{ARGUMENTS[name].replace('_', '-')}")
         if name in OF_THE_DENSE_MODEL:
             raise ConfigError(f"model.moe.{name}: follows from the dense model, whose MLPs become the experts")
 
