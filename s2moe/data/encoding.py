@@ -11,22 +11,25 @@ from torch.utils.data import Dataset
 
 from s2moe.data.classification import Examples
 from s2moe.data.errors import CorpusError
-from s2moe.data.tokenizer_base import Tokens
+from s2moe.data.tokenizer_base import Tokenizer, Tokens
 from s2moe.data.tokenizers import TEXT8_ALPHABET, CharacterTokenizer
 
 Keep = Literal["first", "last"]
 _DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-class Encoder(Protocol):
-    """A tokenizer, as far as texts with a class need one."""
+class CuttingEncoder(Protocol):
+    """A tokenizer that puts tokens around a text, and so has to cut long texts itself."""
 
     @property
     def kind(self) -> str:
         """Its name, for people."""
 
-    def encode(self, text: str) -> Tokens:
-        """Token ids [tokens]."""
+    def encode_within(self, text: str, length: int, keep: Keep) -> Tokens:
+        """Token ids [tokens], at most ``length``: the tokens around, and the first or last of the text's own."""
+
+
+Encoder = Tokenizer | CuttingEncoder
 
 
 class EncodedTexts(Dataset):
@@ -54,14 +57,17 @@ def encode_text(tokenizer: Encoder, text: str, length: int, keep: Keep = "first"
     Raises:
         CorpusError: if nothing is left of it in this vocabulary.
     """
-    ids = tokenizer.encode(expressible(tokenizer, text))
+    if isinstance(tokenizer, Tokenizer):
+        ids = tokenizer.encode(expressible(tokenizer, text))
+        ids = ids[:length] if keep == "first" else ids[-length:]
+    else:
+        ids = tokenizer.encode_within(text, length, keep)
     if len(ids) == 0:
         raise CorpusError(f"the text {text[:60]!r} has no token in this {tokenizer.kind} vocabulary")
-    ids = ids[:length] if keep == "first" else ids[-length:]
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def expressible(tokenizer: Encoder, text: str) -> str:
+def expressible(tokenizer: Tokenizer, text: str) -> str:
     """The text in the characters that the vocabulary has.
 
     text8's 27 are reached as its authors did: lower case, digits spelt out, all else a space, never two. Of another

@@ -270,7 +270,7 @@ def export(
         temporary = empty_beside(target)
     trainer.save_model(str(temporary), _internal_call=True)
     if trainer.args.should_save:
-        save_for_auto(tokenizer, temporary, config.data.input_length)
+        save_for_auto(tokenizer, temporary, config.data.input_length, config.data.keep)
         write_card(temporary, trainer.model.config, origin, config.directory, tokenizer.kind, results)
         write_json(temporary / ORIGIN_FILE, origin)
         put_in_place(temporary, target)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from s2moe.data.tokenizer_base import TOKENIZER_FILE
+from s2moe.hub.auto_tokenizer import read_tokenizer
 from s2moe.hub.card import write_card
 from s2moe.hub.interchange import from_transformers, to_transformers
 from s2moe.hub.standalone_tokenizer import standalone_tokenizer
@@ -77,4 +78,4 @@ def _convert_tokenizer(source: Path, target: Path, leaves: bool) -> None:
         ours = S2MoETokenizer.from_pretrained(source)
         (standalone_tokenizer(ours.base, ours.model_max_length) if leaves else ours).save_pretrained(target)
     elif (source / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+        read_tokenizer(source).save_pretrained(target)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizer
 
 from s2moe.data import Tokenizer, load_tokenizer
+from s2moe.data.encoding import expressible as expressible_text
 from s2moe.data.subwords import MODEL_FILE, SentencePieceTokenizer
 from s2moe.data.tokenizer_base import REPLACEMENT, TOKENIZER_FILE
 from s2moe.data.tokenizers import ByteTokenizer, CharacterTokenizer, ReducedByteTokenizer
@@ -32,6 +33,7 @@ class S2MoETokenizer(PreTrainedTokenizer):
 
     Args:
         base: the project's own tokenizer. ``from_pretrained`` gives its files instead.
+        expressible: bring texts into an alphabet of characters first, as fine-tuning does: see ``data/encoding.py``.
 
     Raises:
         CorpusError: on encoding a text that the vocabulary cannot express.
@@ -50,6 +52,7 @@ class S2MoETokenizer(PreTrainedTokenizer):
         tokenizer_state_file: str | None = None,
         sentencepiece_file: str | None = None,
         vocabulary_file: str | None = None,
+        expressible: bool = False,
         **kwargs: Any,
     ) -> None:
         if base is None:
@@ -57,12 +60,13 @@ class S2MoETokenizer(PreTrainedTokenizer):
                 raise ValueError(f"the tokenizer needs its file {TOKENIZER_FILE}, or `base`")
             base = load_tokenizer(Path(tokenizer_state_file).parent)
         self.base = base
+        self.expressible = expressible
         self._tokens = token_strings(base)
         self._ids = {token: index for index, token in enumerate(self._tokens)}
         padding = self._tokens[padding_id(base)]
         if str(kwargs.get("pad_token")) == padding:
             del kwargs["pad_token"]  # as an added token it would be cut out of texts
-        super().__init__(**kwargs)
+        super().__init__(expressible=expressible, **kwargs)  # what is given here is saved
         if self._special_tokens_map["pad_token"] is None:
             self._special_tokens_map["pad_token"] = padding
 
@@ -81,6 +85,8 @@ class S2MoETokenizer(PreTrainedTokenizer):
         return self._ids | self._added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        if self.expressible:
+            text = expressible_text(self.base, text)
         return [self._tokens[index] for index in self.base.encode(text).tolist()]
 
     def _convert_token_to_id(self, token: str) -> int | None:
@@ -148,10 +154,11 @@ def is_text(base: Tokenizer) -> bool:
     return not isinstance(base, (ByteTokenizer, SentencePieceTokenizer))
 
 
-def save_tokenizer(base: Tokenizer, directory: Path, max_length: int | None = None) -> None:
+def save_tokenizer(base: Tokenizer, directory: Path, max_length: int | None = None, **options: Any) -> None:
     """Write a corpus' tokenizer so that ``load_tokenizer`` and ``AutoTokenizer.from_pretrained`` both read it.
 
     Args:
         max_length: the model's longest sequence, at which ``truncation=True`` cuts; None: no limit.
+        options: further ones of ``S2MoETokenizer``.
     """
-    S2MoETokenizer(base, model_max_length=max_length).save_pretrained(directory)
+    S2MoETokenizer(base, model_max_length=max_length, **options).save_pretrained(directory)

@@ -30,7 +30,10 @@ else:
 
 @dataclass
 class S2MoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
-    """``loss`` = ``task_loss`` (mean over texts) + ``aux_loss`` (mean over SMoE layers)."""
+    """``loss`` = ``task_loss`` (mean over texts) + ``aux_loss`` (mean over SMoE layers).
+
+    Without labels, in evaluation, there are logits alone: neither ``aux_loss`` nor ``routing``.
+    """
 
     task_loss: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -99,6 +102,7 @@ class LastTokenClassifier(_Base):
                 mean = torch.where(labels.ne(-100).any(), mean, 0.0)  # of no label it is 0 / 0
             task_loss = mean * share  # the share of means over texts is what adds up to the mean over all batches
             loss = task_loss if aux_loss is None else task_loss + aux_loss * share
+        told = labels is not None or self.training  # a pipeline splits all that is there by texts
         return S2MoESequenceClassifierOutput(
             loss=loss,
             logits=logits_BC,
@@ -106,8 +110,8 @@ class LastTokenClassifier(_Base):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             task_loss=task_loss,
-            aux_loss=aux_loss,
-            routing=outputs.routing,
+            aux_loss=aux_loss if told else None,
+            routing=outputs.routing if told else None,
         )
 
 

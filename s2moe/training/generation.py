@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from s2moe.config import ConfigError
 from s2moe.data import Corpus, load_tokenizer
 from s2moe.data.tokenizer_base import REPLACEMENT, TOKENIZER_FILE
 from s2moe.hub import S2MoETokenizer
+from s2moe.hub.auto_tokenizer import read_tokenizer
 from s2moe.moe.layer import SMoELayer
 from s2moe.moe.routing import Routing
 
@@ -59,7 +60,8 @@ def load_model_and_tokenizer(path: Path, data: Path | None) -> tuple[Any, Any]:
     """The model in evaluation mode on the CPU, and its tokenizer as one of transformers'.
 
     Raises:
-        ConfigError, CorpusError: there is none under `path`, or a checkpoint's corpus is gone.
+        ConfigError, CorpusError: there is none under `path`, a tokenizer cannot be read, or a checkpoint's corpus is
+            gone.
     """
     weights = find_weights(path)
     if weights.hf is None:
@@ -74,7 +76,7 @@ def load_model_and_tokenizer(path: Path, data: Path | None) -> tuple[Any, Any]:
     if not hasattr(model.config, "moe_config"):
         raise ConfigError(f"{weights.hf} is a {type(model).__name__} without SMoE layers of this project")
     if (weights.hf / "tokenizer_config.json").is_file():
-        return model, AutoTokenizer.from_pretrained(weights.hf)
+        return model, read_tokenizer(weights.hf)
     if data is None and not (weights.hf / TOKENIZER_FILE).is_file():
         raise ConfigError(f"{weights.hf} has no tokenizer: give the corpus it was trained on, --data")
     base = Corpus.open(data).tokenizer if data is not None else load_tokenizer(weights.hf)

@@ -13,17 +13,18 @@ import torch.distributed as dist
 from s2moe import S2MoEConfig, S2MoEForCausalLM
 from s2moe.config import ConfigError, load
 from s2moe.config.finetune import FinetuneConfig
-from s2moe.data import ByteTokenizer, CorpusError
+from s2moe.data import ByteTokenizer, CorpusError, Tokenizer
 from s2moe.finetuning import run as runs
 from s2moe.training.processes import Processes
 from s2moe.training.signals import catch_stop_signals
 
 
-def language_model(directory: Path) -> None:
-    """What a pre-training run leaves in hf/: a small byte model with S2MoE layers, not trained at all."""
+def language_model(directory: Path, tokenizer: Tokenizer | None = None) -> None:
+    """What a pre-training run leaves in hf/: a small model with S2MoE layers, of bytes, not trained at all."""
+    tokenizer = tokenizer or ByteTokenizer()
     torch.manual_seed(0)
     config = S2MoEConfig(
-        vocab_size=256,
+        vocab_size=tokenizer.vocab_size,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -32,7 +33,7 @@ def language_model(directory: Path) -> None:
         moe={"method": "s2moe", "num_experts": 4, "expert_hidden": 32, "stochastic": {"samples": 16}},
     )
     S2MoEForCausalLM(config).save_pretrained(directory)
-    ByteTokenizer().save(directory)
+    tokenizer.save(directory)
 
 
 def run(config_path: str, settings: dict[str, Any], stop_at: int | None = None) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from s2moe import S2MoEConfig, S2MoEForSequenceClassification
 from s2moe.config import ConfigError, load
 from s2moe.config.finetune import FinetuneConfig
 from s2moe.data import load_tokenizer
+from s2moe.data.classification import load_classification
+from s2moe.data.encoding import encode_text, expressible
+from s2moe.data.tokenizers import TEXT8_ALPHABET, CharacterTokenizer
 from tests.data.classification_files import glue, treebank
 from tests.distributed_harness import run_distributed
 
@@ -118,6 +121,29 @@ def test_a_run_and_its_continuation(files: Path, tmp_path: Path) -> None:
     changed = {**chosen, "optimizer.lr": 0.02}
     refused = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), changed)[0]
     assert "optimizer.lr was 0.01, is 0.02" in refused["error"]
+
+
+@pytest.mark.distributed
+def test_a_classifier_of_characters_reads_texts_as_its_run_did(files: Path, tmp_path: Path) -> None:
+    """Its pipeline takes any text, as the model card's example does, and comes to the run's test accuracy."""
+    base = CharacterTokenizer(TEXT8_ALPHABET)
+    language_model(tmp_path / "hf", base)
+    chosen = settings(files, tmp_path, model__checkpoint=tmp_path / "hf", data__keep="last", data__input_length=48)
+    chosen["training.epochs"] = 1
+    results = run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), chosen)[0]["results"]
+    directory = tmp_path / "sst2" / "hf"
+    model = S2MoEForSequenceClassification.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    assert classify("A fine film.", truncation=True)
+
+    test = load_classification("sst2", files / "glue", official=False).test
+    assert any(len(expressible(base, text)) > 48 for text in test.texts)
+    for text in test.texts:
+        assert tokenizer(text, truncation=True)["input_ids"] == encode_text(base, text, 48, "last").tolist()
+    found = [answer["label"] for answer in classify(test.texts, truncation=True)]
+    right = [model.config.label2id[name] == label for name, label in zip(found, test.labels, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(results["test_accuracy"])
 
 
 @pytest.mark.distributed

@@ -103,6 +103,14 @@ def test_an_upcycled_model_generates_too(tmp_path: Path) -> None:
     assert ids().shape == (2, 9)
 
 
+def test_an_unreadable_tokenizer_is_told(hf: Path) -> None:
+    (hf / "s2moe_tokenizer.json").unlink()
+    (hf / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (hf / "tokenizer.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigError, match=f"the tokenizer in {hf} cannot be read"):
+        told("--checkpoint", str(hf), "ab")
+
+
 def test_mistakes_end_with_what_to_do(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--color-by-expert", "7"], "the SMoE layers are 0, 1, 2"),

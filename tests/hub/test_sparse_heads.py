@@ -56,7 +56,7 @@ def test_padding_does_not_reach_a_classifier(name: str, left: bool, tmp_path: Pa
     mask = torch.zeros_like(ids())
     mask[0, real] = 1
     mask[1] = 1
-    padded = classifier(ids(), attention_mask=mask)
+    padded = classifier(ids(), attention_mask=mask, labels=torch.tensor([0, 1]))
     torch.testing.assert_close(padded.logits[:1], alone, rtol=1e-4, atol=1e-5)
     assert all(layer.counts_E.sum() == 2 * mask.sum() for layer in padded.routing)
 

@@ -123,6 +123,19 @@ def test_a_text_beyond_the_vocabulary_is_an_error() -> None:
         S2MoETokenizer(CharacterTokenizer(TEXT8_ALPHABET))("The")
 
 
+def test_texts_may_be_brought_into_the_vocabulary(tmp_path: Path) -> None:
+    base = CharacterTokenizer(TEXT8_ALPHABET)
+    save_tokenizer(base, tmp_path, 20, expressible=True, truncation_side="left", padding_side="right")
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.decode(loaded("A fine film.")["input_ids"]) == "a fine film"
+    assert loaded.decode(loaded("A fine film of 12!", truncation=True)["input_ids"]) == "fine film of one two"
+    assert loaded.padding_side == "right"
+    loaded.save_pretrained(tmp_path / "again")
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")("É, OK")["input_ids"] == base.encode("ok").tolist()
+    plain = S2MoETokenizer(ByteTokenizer(), expressible=True)
+    assert plain("A fine film.")["input_ids"] == list(b"A fine film.")
+
+
 @KINDS
 def test_worker_processes_can_be_sent_a_tokenizer(kind: str, bases: dict[str, Tokenizer]) -> None:
     tokenizer = S2MoETokenizer(bases[kind])

@@ -1,0 +1,23 @@
+"""The tokenizer of a Hugging Face directory, as transformers reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from s2moe.config import ConfigError
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """One of transformers' tokenizers.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # files that are not what they should be end in errors of any kind
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the tokenizer in {directory} cannot be read ({reason})") from error
