@@ -45,7 +45,7 @@ def on_this_rank(momentum: float | None) -> list[Tensor]:
     return results(made, images(rank, (4, 5)), images(rank + 7, (4, 5)))
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("momentum", [0.1, pytest.param(None, marks=pytest.mark.slow)])
 def test_two_ranks_are_one_process(momentum: float | None) -> None:
     first, second = run_distributed(on_this_rank, 2, momentum)
     value = torch.cat([images(rank, (4, 5)) for rank in range(2)])

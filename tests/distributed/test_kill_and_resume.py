@@ -79,14 +79,14 @@ def test_stopped_and_resumed_equals_uninterrupted(corpus: str, tmp_path: Path, s
     ("place", "call", "after", "victim", "survives"),
     [
         pytest.param("torch.save", 8, False, 0, "step-00000003", marks=pytest.mark.slow),
-        ("torch.save", 9, True, 1, "step-00000003"),
+        pytest.param("torch.save", 9, True, 1, "step-00000003", marks=pytest.mark.slow),
         ("manifest", 2, False, 0, "step-00000003"),
         pytest.param("manifest", 2, True, 0, "step-00000003", marks=pytest.mark.slow),
         pytest.param("rename", 2, False, 0, "step-00000003", marks=pytest.mark.slow),
         ("rename", 2, True, 0, "step-00000006"),
         pytest.param("rename", 4, True, 0, "step-00000009", marks=pytest.mark.slow),
         pytest.param("old one removed", 1, False, 0, "step-00000009", marks=pytest.mark.slow),
-        ("old one removed", 1, True, 0, "step-00000009"),
+        pytest.param("old one removed", 1, True, 0, "step-00000009", marks=pytest.mark.slow),
     ],
 )
 def test_killed_while_writing_a_checkpoint(

@@ -159,7 +159,7 @@ def test_signals_reach_the_processes_and_end_the_run(tmp_path: Path) -> None:
     assert "a signal asked it to stop, and it saved a checkpoint. Not started again" in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_that_comes_too_early_for_the_processes_ends_the_run_too(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_signal_that_comes_too_early_for_the_processes_ends_the_run_too(
         (signal.SIGUSR1, 75),
         pytest.param(signal.SIGUSR2, 75, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),
-        (signal.SIGINT, 130),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_in_the_pause_before_a_restart_ends_the_run(

@@ -589,6 +589,7 @@ def test_a_lengthened_run_stays_in_the_second_stage(tmp_path: Path) -> None:
     assert torch.equal(runs.model("long").model.layers[0].moe.router.frozen_table_VC, frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_continue_exactly_under_zero_3(tmp_path: Path) -> None:
     shape = ("training.zero_stage=3", "training.expert_parallel=2", "training.precision=bf16", "evaluation.every=0")

@@ -211,6 +211,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert 0 < link["latency"] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_what_is_wrong_between_processes(tmp_path: Path) -> None:
     for ahead, status in ((0.0, "ok"), (5.0, "warn"), (-120.0, "fail")):

@@ -103,7 +103,8 @@ def test_gpu_of_a_process() -> None:
         gpu_of(2, 2, {"SLURM_LOCALID": "2"})
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_does_not_come_is_waited_for_no_longer_than_the_timeout(rank: int) -> None:
     """Alone of three, by the first one or another; in a process of its own, with its own torch."""
     command = (

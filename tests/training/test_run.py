@@ -207,7 +207,7 @@ def test_a_full_disk_on_one_rank_ends_both_with_one_error(finished: Path) -> Non
     assert run_distributed(TRAIN, 2, path, overrides, None)[0]["finished"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_changed_weight_decay_counts_after_resuming(finished: Path, stage: int) -> None:
     shape = (f"training.zero_stage={stage}", "model.hidden_dropout=0", "training.steps=4", "checkpoint.keep=9")
     sums = {}

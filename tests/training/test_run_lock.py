@@ -135,6 +135,7 @@ def test_a_second_run_leaves_the_first_alone(tmp_path: Path, holder: BaseProcess
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_processes_that_see_different_directories_end_before_the_first_step(tmp_path: Path) -> None:
     corpus = str(jobs.tiny_corpus(tmp_path / "data"))
