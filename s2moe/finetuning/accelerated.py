@@ -24,12 +24,13 @@ from .trainer import (
     COMPLETE,
     check_accelerator,
     mark_complete,
+    newest_checkpoint,
     require_same_shape,
     shape_of,
     step_of,
 )
 
-STATE = "state-{step}"  # the directory of one state
+STATE = "state"  # the directory of one is STATE-STEP
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, *others: Any) -> tuple[Any, ...]:
@@ -58,7 +59,7 @@ def save_state(accelerator: Accelerator, model: nn.Module, directory: Path | str
     Args:
         model: as ``prepare`` returned it.
     """
-    target = Path(directory) / STATE.format(step=step)
+    target = Path(directory) / f"{STATE}-{step}"
     if accelerator.is_main_process:
         (target / COMPLETE).unlink(missing_ok=True)
     accelerator.save_state(str(target))
@@ -74,10 +75,9 @@ def load_state(accelerator: Accelerator, model: nn.Module, directory: Path | str
     Raises:
         ConfigError: it was written by a loop that was spread otherwise.
     """
-    found = [path.parent for path in Path(directory).glob(STATE.format(step="*") + f"/{COMPLETE}")]
-    newest = from_first(max(found, key=step_of, default=None))
+    newest = from_first(newest_checkpoint(directory, STATE))
     if newest is None:
         return 0
-    require_same_shape(newest, shape_of(accelerator, accelerator.unwrap_model(model)))
-    accelerator.load_state(str(newest))
+    require_same_shape(Path(newest), shape_of(accelerator, accelerator.unwrap_model(model)))
+    accelerator.load_state(newest)
     return step_of(newest)

@@ -350,10 +350,10 @@ def require_same_shape(checkpoint: Path, now: dict[str, int]) -> None:
         raise ConfigError(f"cannot continue from {checkpoint}: {'; '.join(changes)}. Start it as it was written")
 
 
-def newest_checkpoint(directory: str | Path) -> str | None:
-    """The complete checkpoint with the highest step in a Trainer's output directory."""
-    found = [path.parent for path in Path(directory).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return str(max(found, key=lambda path: step_of(path))) if found else None
+def newest_checkpoint(directory: str | Path, prefix: str = PREFIX_CHECKPOINT_DIR) -> str | None:
+    """The complete checkpoint PREFIX-STEP with the highest step in a directory, by default a Trainer's output."""
+    found = [path.parent for path in Path(directory).glob(f"{prefix}-*/{COMPLETE}")]
+    return str(max(found, key=step_of)) if found else None
 
 
 def step_of(checkpoint: str | Path) -> int:

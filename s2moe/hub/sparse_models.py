@@ -55,12 +55,17 @@ def check_foreign(moe: MoEConfig) -> None:
             f"the router {moe.router['name']!r} needs the block's attention or its own place in the cache, which "
             "only S2MoEForCausalLM's blocks hand to it: choose another method"
         )
-    momentum = moe.momentum
-    if momentum.kind != "none" or momentum.sign != "add" or momentum.legacy_double_residual:
+    if moves_between_layers(moe):
         raise ValueError(
             "momentum changes the residual stream between blocks, which only S2MoEForCausalLM's blocks do: "
             "set momentum.kind=none, or choose another method"
         )
+
+
+def moves_between_layers(moe: MoEConfig) -> bool:
+    """Whether MomentumSMoE, or a sign or residual of its own, changes the residual stream between blocks."""
+    momentum = moe.momentum
+    return momentum.kind != "none" or momentum.sign != "add" or momentum.legacy_double_residual
 
 
 class SparseConfigMixin(_Theirs):

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from s2moe.hub.block import SparseMLP
 from s2moe.hub.families import ACTIVATIONS, DenseWeights, Family, family_of
-from s2moe.hub.sparse_models import CONFIGS, MODELS, SparseModelMixin, undrawn_experts
+from s2moe.hub.sparse_models import CONFIGS, MODELS, SparseModelMixin, moves_between_layers, undrawn_experts
 from s2moe.models import S2MoEConfig, S2MoEForCausalLM
 from s2moe.moe.config import MoEConfig, resolve_moe
 from s2moe.moe.layer import DenseMLP, SMoELayer
@@ -121,7 +121,7 @@ def upcycle(
             f"experts ({experts}) and experts_per_token ({config.experts_per_token}) must be multiples of slices "
             f"({slices}): only whole groups of slices are the dense MLP"
         )
-    if native and _moves_between_layers(config):
+    if native and moves_between_layers(config):
         raise ValueError("momentum changes the residual stream between blocks: set momentum.kind=none")
 
     sparse = _build(model, family, config)
@@ -156,11 +156,6 @@ def _resolve(given: dict[str, Any], experts_per_token: int | None, slices: int) 
             rule = {"renormalise": True}
         given = deep_merge(given, {"router": rule})
     return resolve_moe(given)
-
-
-def _moves_between_layers(config: MoEConfig) -> bool:
-    momentum = config.momentum
-    return momentum.kind != "none" or momentum.sign != "add" or momentum.legacy_double_residual
 
 
 def _dense_mlps(model: Any, family: Family | None) -> list[Any]:

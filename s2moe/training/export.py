@@ -23,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 from s2moe.config.options import ConfigError
 from s2moe.data import Tokenizer
 from s2moe.hub.card import write_card
+from s2moe.hub.provenance import HF_DIRECTORY
 from s2moe.hub.tokenization import save_tokenizer
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
@@ -31,7 +32,6 @@ from s2moe.parallel import ExpertParallel
 
 from .quiet import no_progress_bars
 
-HF_DIRECTORY = "hf"
 ORIGIN_FILE = "training.json"  # which step of which run the weights are
 
 
