@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/quickstart
+WORKERS ?= 2
+# A file's tests stay in one process: they share what is slow to set up.
+PYTEST = "$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # The Python that .venv is made with: the first of these that is 3.11 or newer and can make one.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -22,6 +25,7 @@ help: ## list these commands
 	@echo "  make pretrain FRESH=1                    start anew; the previous run is kept beside the new one"
 	@echo "  make pretrain OVERRIDES='training.steps=200 seed=2'    change settings of configs/quickstart.yaml"
 	@echo "  make test PYTEST_ARGS='-k router -x'     what pytest is given besides"
+	@echo "  make test WORKERS=8                      in so many processes (2), each of which may start two to four ranks"
 	@echo "  make setup PYTHON=/path/to/python3.12    make .venv with this Python (3.11 or newer)"
 
 setup: $(STAMP) ## install the locked dependencies and this project into .venv
@@ -68,13 +72,13 @@ endef
 test test-slow test-all: export OMP_NUM_THREADS ?= 1
 
 test: setup ## run the fast tests
-	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-slow: setup ## run the tests that the fast ones leave out
-	"$(BIN)/python" -m pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: setup ## run all tests
-	"$(BIN)/python" -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: setup ## check style, format and types
 	"$(BIN)/ruff" check .

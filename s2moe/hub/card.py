@@ -15,6 +15,7 @@ from s2moe.data.corpus import METADATA_FILE
 from s2moe.hub.provenance import (
     CARD_FILE,
     HUB_DATASETS,
+    card_table,
     command_without_places,
     inherited,
     public_name,
@@ -31,7 +32,7 @@ GENERATE = (
     'path = "."  # this directory, or its name on the Hub',
     "model = AutoModelForCausalLM.from_pretrained(path)",
     "tokenizer = AutoTokenizer.from_pretrained(path)",
-    'pipeline("text-generation", model=model, tokenizer=tokenizer)("The ", max_new_tokens=40)',
+    'pipeline("text-generation", model=model, tokenizer=tokenizer)("the ", max_new_tokens=40)',
 )
 CLASSIFY = (
     "import s2moe  # registers the architecture with transformers",
@@ -72,7 +73,7 @@ def write_card(
         **_data(run),
         **_score(run_directory, step),
         **_training(run),
-        "Made with": f"S2MoE {s2moe.__version__}" + (f", commit {commit}" if (commit := source_commit()) else ""),
+        "Made with": made_with(),
     }
     front = {
         "library_name": "transformers",
@@ -83,17 +84,12 @@ def write_card(
     }
     text = "\n".join(
         [
-            "---",
-            yaml.safe_dump(front, sort_keys=False).strip(),
-            "---",
-            "",
+            *_front_lines(front),
             f"# {origin.get('run', directory.name)}",
             "",
             f"A {'language model' if tuned is None else 'text classifier'} with sparse mixture-of-experts layers.",
             "",
-            "| | |",
-            "| --- | --- |",
-            *(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
+            *_table_lines(facts),
             "",
             "```python",
             *(GENERATE if tuned is None else CLASSIFY),
@@ -111,6 +107,57 @@ def write_card(
     path = directory / CARD_FILE
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def write_card_of_leaving(directory: Path, config: Any, origin: dict[str, Any], source: Path) -> Path:
+    """Write README.md beside a model of transformers' own that ``source``, one of ours, was converted to.
+
+    What the card of ``source`` says in its table stands in it, so that data, method and bits per character go along.
+    """
+    title, facts = origin.get("run", directory.name), card_table(source)
+    made_from = _names(_made_from(origin, {}))
+    own = {
+        **{name.capitalize(): value for name, value in made_from.items()},
+        "Architecture": f"{config.architectures[0]}, of transformers itself",
+        "Made with": made_with(),
+    }
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts"],
+        **inherited(source, "datasets"),
+    }
+    known = ["", f"What the card of {next(iter(made_from.values()))} says:", "", *facts] if facts else []
+    lines = [
+        *_front_lines(front),
+        f"# {title}",
+        "",
+        "A language model with sparse mixture-of-experts layers. Loading it takes no other library.",
+        "",
+        *_table_lines(own),
+        *known,
+        "",
+        "```python",
+        *GENERATE[1:],
+        "```",
+        "",
+    ]
+    path = directory / CARD_FILE
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def made_with() -> str:
+    """This project's version and the commit of its source."""
+    return f"S2MoE {s2moe.__version__}" + (f", commit {commit}" if (commit := source_commit()) else "")
+
+
+def _front_lines(front: dict[str, Any]) -> list[str]:
+    return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
+
+
+def _table_lines(facts: dict[str, Any]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())]
 
 
 def _tuning(results: dict[str, Any]) -> dict[str, str]:

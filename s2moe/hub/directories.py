@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from s2moe.data.tokenizer_base import TOKENIZER_FILE
 from s2moe.hub.auto_tokenizer import read_tokenizer
-from s2moe.hub.card import write_card
+from s2moe.hub.card import write_card, write_card_of_leaving
 from s2moe.hub.interchange import from_transformers, to_transformers
 from s2moe.hub.standalone_tokenizer import standalone_tokenizer
 from s2moe.hub.tokenization import S2MoETokenizer
@@ -70,6 +70,8 @@ def _write(made: PreTrainedModel, source: Path, temporary: Path, origin: dict[st
     _convert_tokenizer(source, temporary, leaves=not hasattr(made.config, "moe_config"))
     if hasattr(made.config, "moe_config"):
         write_card(temporary, made.config, origin)
+    else:
+        write_card_of_leaving(temporary, made.config, origin, source)
 
 
 def _convert_tokenizer(source: Path, target: Path, leaves: bool) -> None:

@@ -40,16 +40,32 @@ def public_name(directory: Path) -> str:
     return hub_name(directory) or own
 
 
-def inherited(directory: Path) -> dict[str, Any]:
+def inherited(directory: Path, *more: str) -> dict[str, Any]:
     """What a model made of the one in a run's or Hugging Face directory has from it, as front matter.
 
-    The licence and the base model of its card, the latter replaced by its own name where that is known.
+    The licence and the base model of its card, the latter replaced by its own name where that is known, and ``more``.
     """
-    cards = (directory / CARD_FILE, directory / HF_DIRECTORY / CARD_FILE)
-    front = next((_front_matter(card) for card in cards if card.is_file()), {})
-    found = {name: front[name] for name in INHERITED if front.get(name)}
+    card = _card_of(directory)
+    front = {} if card is None else _front_matter(card)
+    found = {name: front[name] for name in (*INHERITED, *more) if front.get(name)}
     name = hub_name(directory)
     return found | ({"base_model": name} if name else {})
+
+
+def card_table(directory: Path) -> list[str]:
+    """The lines of the tables in a model's card; none where it has no card that can be read."""
+    card = _card_of(directory)
+    try:
+        text = "" if card is None else card.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def _card_of(directory: Path) -> Path | None:
+    """The card in a run's or Hugging Face directory."""
+    cards = (directory / CARD_FILE, directory / HF_DIRECTORY / CARD_FILE)
+    return next((card for card in cards if card.is_file()), None)
 
 
 def _front_matter(card: Path) -> Mapping[str, Any]:

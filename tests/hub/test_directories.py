@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,11 @@ def test_a_directory_is_upcycled_with_its_tokenizer_and_a_card(tmp_path: Path) -
     export_directory(target, back)
     assert json.loads((back / "config.json").read_text())["model_type"] == "mixtral"
     torch.testing.assert_close(load(back)(ids()).logits, dense(ids()).logits, rtol=1e-4, atol=1e-4)
-    assert not (back / "README.md").exists()
+    card = ModelCard.load(back / "README.md")
+    assert card.data.tags == ["mixture-of-experts"]
+    for text in ("| Converted from | sparse |", "MixtralForCausalLM", "| Upcycled from | dense |", "4 experts"):
+        assert text in card.text
+    assert "import s2moe" not in card.text  # it loads without
     theirs = AutoTokenizer.from_pretrained(back)
     assert type(theirs).__module__.startswith("transformers.")
     assert theirs("abü")["input_ids"] == [97, 98, *"ü".encode()]
@@ -214,7 +217,9 @@ def test_the_card_names_what_a_model_is_made_of_and_keeps_its_licence(tmp_path: 
     assert str(tmp_path) not in card.content
     # One step further the nearest model that has a name on the Hub is the same.
     export_directory(target, tmp_path / "theirs")
-    shutil.copy(target / "README.md", tmp_path / "theirs")
+    theirs = ModelCard.load(tmp_path / "theirs" / "README.md")
+    assert (theirs.data.base_model, theirs.data.license_name) == ("some-lab/Tiny-1.5", "tiny-licence")
+    assert str(tmp_path) not in theirs.content
     import_directory(tmp_path / "theirs", tmp_path / "ours")
     again = ModelCard.load(tmp_path / "ours" / "README.md")
     assert (again.data.base_model, again.data.license) == ("some-lab/Tiny-1.5", "other")
@@ -263,18 +268,21 @@ def test_the_card_names_a_corpus_that_the_hub_has(tmp_path: Path, corpus: str, d
         "command": f"python -m data_prep {corpus} --source={tmp_path}/raw.zip --out {data}",
     }
     (data / "metadata.json").write_text(json.dumps(metadata))
-    (tmp_path / "hf").mkdir()
+    model = tiny("smoe")
+    model.save_pretrained(tmp_path / "hf")
     (tmp_path / "dense" / "hf").mkdir(parents=True)
     settings = {"data": {"dir": str(data)}, "init": {"weights": str(tmp_path / "dense" / "hf")}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    write_card(tmp_path / "hf", tiny("smoe").config, {"run": "tiny"}, tmp_path)
-    card = ModelCard.load(tmp_path / "hf" / "README.md")
-    assert card.data.datasets == dataset
-    assert card.data.base_model is None
-    assert f"`python -m data_prep {corpus} --source=raw.zip --out enwik8`" in card.text
-    assert "| Begun with | dense |" in card.text
-    assert "dir: enwik8" in card.text
-    assert str(tmp_path) not in card.content
+    write_card(tmp_path / "hf", model.config, {"run": "tiny"}, tmp_path)
+    export_directory(tmp_path / "hf", tmp_path / "theirs")
+    for directory in ("hf", "theirs"):  # what is known of the data goes along when the model leaves
+        card = ModelCard.load(tmp_path / directory / "README.md")
+        assert card.data.datasets == dataset
+        assert card.data.base_model is None
+        assert f"`python -m data_prep {corpus} --source=raw.zip --out enwik8`" in card.text
+        assert "| Begun with | dense |" in card.text
+        assert ("dir: enwik8" in card.text) == (directory == "hf")
+        assert str(tmp_path) not in card.content
 
 
 def test_the_commit_is_this_tree_s() -> None:
