@@ -33,6 +33,15 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run as it is when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("whole")
+    path, overrides = tiny_run(folder)
+    assert run_distributed("tests.training.jobs:train", 2, path, [*overrides, *SETTINGS], timeout=300)[0]["finished"]
+    return folder / "runs" / "tiny"
+
+
 @contextlib.contextmanager
 def supervise(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """The launcher on two processes; it and they are gone afterwards."""
@@ -83,10 +92,7 @@ def hit(supervisor: subprocess.Popen[str], folder: Path, after: int, rank: int, 
 
 
 @pytest.mark.timeout(600)
-def test_two_losses_change_nothing(tmp_path: Path) -> None:
-    path, overrides = tiny_run(tmp_path)
-    whole = [*overrides, *SETTINGS, "name=whole"]
-    assert run_distributed("tests.training.jobs:train", 2, path, whole, timeout=300)[0]["finished"]
+def test_two_losses_change_nothing(whole: Path, tmp_path: Path) -> None:
     with supervise(tmp_path) as supervisor:
         hit(supervisor, tmp_path, 30, 1, signal.SIGKILL)
         hit(supervisor, tmp_path, 90, 0, signal.SIGSTOP)
@@ -97,15 +103,12 @@ def test_two_losses_change_nothing(tmp_path: Path) -> None:
     assert "error: no progress for 0.5 minutes" in printed
     assert "rank 0 did not end and was killed" in printed
     assert "Restart 2 of 3, from step " in printed
-    ours, theirs = (load_file(tmp_path / "runs" / name / "hf" / "model.safetensors") for name in ("tiny", "whole"))
+    ours, theirs = (load_file(run / "hf" / "model.safetensors") for run in (tmp_path / "runs" / "tiny", whole))
     assert all(ours[name].equal(weight) for name, weight in theirs.items())
 
 
 @pytest.mark.timeout(600)
-def test_a_process_that_is_lost_twice_is_done_without(tmp_path: Path) -> None:
-    path, overrides = tiny_run(tmp_path)
-    whole = [*overrides, *SETTINGS, "name=whole"]
-    assert run_distributed("tests.training.jobs:train", 2, path, whole, timeout=300)[0]["finished"]
+def test_a_process_that_is_lost_twice_is_done_without(whole: Path, tmp_path: Path) -> None:
     with supervise(tmp_path) as supervisor:
         hit(supervisor, tmp_path, 30, 1, signal.SIGKILL)
         hit(supervisor, tmp_path, 90, 1, signal.SIGKILL)
@@ -113,8 +116,7 @@ def test_a_process_that_is_lost_twice_is_done_without(tmp_path: Path) -> None:
     assert supervisor.returncode == 0, printed
     assert "supervise: place 1 failed twice in a row: going on without it" in printed
     assert "it was written with 2 processes, training.expert_parallel=2" in printed
-    alone, together = (bits_per_byte(tmp_path / "runs" / name) for name in ("tiny", "whole"))
-    assert alone == pytest.approx(together, rel=0.02)
+    assert bits_per_byte(tmp_path / "runs" / "tiny") == pytest.approx(bits_per_byte(whole), rel=0.02)
 
 
 @pytest.mark.timeout(600)
