@@ -25,7 +25,8 @@ help: ## list these commands
 	@echo "  make pretrain FRESH=1                    start anew; the previous run is kept beside the new one"
 	@echo "  make pretrain OVERRIDES='training.steps=200 seed=2'    change settings of configs/quickstart.yaml"
 	@echo "  make test PYTEST_ARGS='-k router -x'     what pytest is given besides"
-	@echo "  make test WORKERS=8                      in so many processes (2), each of which may start two to four ranks"
+	@echo "  make test WORKERS=8                      in so many processes (2), each of which may start two to four ranks;"
+	@echo "                                           0: in pytest's own, which --pdb wants"
 	@echo "  make setup PYTHON=/path/to/python3.12    make .venv with this Python (3.11 or newer)"
 
 setup: $(STAMP) ## install the locked dependencies and this project into .venv

@@ -73,7 +73,7 @@ def write_card(
         **_data(run),
         **_score(run_directory, step),
         **_training(run),
-        "Made with": made_with(),
+        "Made with": _made_with(),
     }
     front = {
         "library_name": "transformers",
@@ -119,7 +119,7 @@ def write_card_of_leaving(directory: Path, config: Any, origin: dict[str, Any], 
     own = {
         **{name.capitalize(): value for name, value in made_from.items()},
         "Architecture": f"{config.architectures[0]}, of transformers itself",
-        "Made with": made_with(),
+        "Made with": _made_with(),
     }
     front = {
         "library_name": "transformers",
@@ -147,7 +147,7 @@ def write_card_of_leaving(directory: Path, config: Any, origin: dict[str, Any], 
     return path
 
 
-def made_with() -> str:
+def _made_with() -> str:
     """This project's version and the commit of its source."""
     return f"S2MoE {s2moe.__version__}" + (f", commit {commit}" if (commit := source_commit()) else "")
 
