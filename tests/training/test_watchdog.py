@@ -77,14 +77,15 @@ def test_who_is_suspected(silent: bool, text: str) -> None:
 
 
 class MuteStore:
-    """A store whose process is stopped: it does not answer, for all its timeout."""
+    """A store whose process is stopped: it does not answer, and raises after its timeout."""
 
     def check(self, keys: list[str]) -> bool:
         time.sleep(60)
-        return True
+        raise RuntimeError("no answer")
 
     def set(self, key: str, value: str) -> None:
         time.sleep(60)
+        raise RuntimeError("no answer")
 
 
 def test_a_store_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
