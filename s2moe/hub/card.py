@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,42 +83,33 @@ def write_card(
         **{key: value for directory in made_from.values() for key, value in inherited(directory).items()},
         **_datasets(run),
     }
-    text = "\n".join(
+    return _save(
+        directory,
+        front,
+        origin.get("run", directory.name),
         [
-            *_front_lines(front),
-            f"# {origin.get('run', directory.name)}",
-            "",
             f"A {'language model' if tuned is None else 'text classifier'} with sparse mixture-of-experts layers.",
             "",
             *_table_lines(facts),
             "",
-            "```python",
-            *(GENERATE if tuned is None else CLASSIFY),
-            "```",
+            *_code("python", GENERATE if tuned is None else CLASSIFY),
             "",
             "The layers' options:",
             "",
-            "```json",
-            json.dumps(config.moe, indent=2),
-            "```",
+            *_code("json", [json.dumps(config.moe, indent=2)]),
             *_settings(run),
-            "",
-        ]
+        ],
     )
-    path = directory / CARD_FILE
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
-def write_card_of_leaving(directory: Path, config: Any, origin: dict[str, Any], source: Path) -> Path:
+def write_card_of_leaving(directory: Path, config: Any, name: str, source: Path) -> Path:
     """Write README.md beside a model of transformers' own that ``source``, one of ours, was converted to.
 
     What the card of ``source`` says in its table stands in it, so that data, method and bits per character go along.
     """
-    title, facts = origin.get("run", directory.name), card_table(source)
-    made_from = _names(_made_from(origin, {}))
-    own = {
-        **{name.capitalize(): value for name, value in made_from.items()},
+    converted_from, table = public_name(source), card_table(source)
+    facts = {
+        "Converted from": converted_from,
         "Architecture": f"{config.architectures[0]}, of transformers itself",
         "Made with": _made_with(),
     }
@@ -127,23 +119,25 @@ def write_card_of_leaving(directory: Path, config: Any, origin: dict[str, Any], 
         "tags": ["mixture-of-experts"],
         **inherited(source, "datasets"),
     }
-    known = ["", f"What the card of {next(iter(made_from.values()))} says:", "", *facts] if facts else []
-    lines = [
-        *_front_lines(front),
-        f"# {title}",
-        "",
-        "A language model with sparse mixture-of-experts layers. Loading it takes no other library.",
-        "",
-        *_table_lines(own),
-        *known,
-        "",
-        "```python",
-        *GENERATE[1:],
-        "```",
-        "",
-    ]
+    return _save(
+        directory,
+        front,
+        name,
+        [
+            "A language model with sparse mixture-of-experts layers. Loading it takes no other library.",
+            "",
+            *_table_lines(facts),
+            *(["", f"What the card of {converted_from} says:", "", *table] if table else []),
+            "",
+            *_code("python", GENERATE[1:]),
+        ],
+    )
+
+
+def _save(directory: Path, front: dict[str, Any], title: str, lines: list[str]) -> Path:
     path = directory / CARD_FILE
-    path.write_text("\n".join(lines), encoding="utf-8")
+    matter = yaml.safe_dump(front, sort_keys=False).strip()
+    path.write_text("\n".join(["---", matter, "---", "", f"# {title}", "", *lines, ""]), encoding="utf-8")
     return path
 
 
@@ -152,8 +146,8 @@ def _made_with() -> str:
     return f"S2MoE {s2moe.__version__}" + (f", commit {commit}" if (commit := source_commit()) else "")
 
 
-def _front_lines(front: dict[str, Any]) -> list[str]:
-    return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
+def _code(language: str, lines: Iterable[str]) -> list[str]:
+    return [f"```{language}", *lines, "```"]
 
 
 def _table_lines(facts: dict[str, Any]) -> list[str]:
@@ -228,7 +222,7 @@ def _settings(run: dict[str, Any]) -> list[str]:
     if not run:
         return []
     settings = yaml.safe_dump(without_places(run), sort_keys=False).strip()
-    return ["", "The run's settings:", "", "```yaml", settings, "```"]
+    return ["", "The run's settings:", "", *_code("yaml", [settings])]
 
 
 def _method(config: Any) -> str:

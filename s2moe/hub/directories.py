@@ -71,7 +71,7 @@ def _write(made: PreTrainedModel, source: Path, temporary: Path, origin: dict[st
     if hasattr(made.config, "moe_config"):
         write_card(temporary, made.config, origin)
     else:
-        write_card_of_leaving(temporary, made.config, origin, source)
+        write_card_of_leaving(temporary, made.config, origin["run"], source)
 
 
 def _convert_tokenizer(source: Path, target: Path, leaves: bool) -> None:

@@ -94,7 +94,7 @@ def sources_of(target: Shape) -> list[Shape]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHAPES, ids=name_of)
-def test_every_shape_from_six_others(truth: list[float], all_written: Path, target: Shape) -> None:
+def test_every_shape_from_six(truth: list[float], all_written: Path, target: Shape) -> None:
     """108 of the 324 pairs: all 36 changes of processes and experts, each at three of the 9 changes of the stage."""
     for source, losses in resume(target, sources_of(target), all_written).items():
         assert losses == pytest.approx(truth[BEFORE:], rel=2e-6), source
