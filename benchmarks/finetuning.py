@@ -48,6 +48,24 @@ TASKS = ("sst2", "sst5", "imdb", "banking77")
 RESULTS, TABLE, SETTINGS = "results.json", "results.md", "campaign.json"
 
 # SimSMoE's tables 1 and 3: a 63M model of Mistral's form pre-trained on enwik8, plain methods. Accuracies in per cent.
+DECIDED = {  # settings of runs that the command line cannot have, and what to give instead
+    "pretrain": {
+        "name": "",
+        "output_dir": ": give --out",
+        "data.dir": ": give --data",
+        "model.moe.method": ": give --methods",
+        "model.moe.experts_per_token": " by its method",
+        "model.moe.first_dense": " by its method",
+    },
+    "finetune": {
+        "name": "",
+        "output_dir": ": give --out",
+        "model.checkpoint": "",
+        "seed": ": give --seeds",
+        "data.task": ": give --tasks",
+        "data.source": ": give --source",
+    },
+}
 PUBLISHED = {
     "smoe": {"bpc": 1.12, "sst2": 81.5, "sst5": 36.9, "imdb": 85.2, "banking77": 74.6},
     "xmoe": {"bpc": 1.13, "sst2": 82.2, "sst5": 34.5, "imdb": 84.3, "banking77": 78.6},
@@ -123,6 +141,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--finetune", nargs="+", default=[], metavar="KEY=VALUE", help="settings of fine-tuning")
     parser.add_argument("--launch", default=sys.executable, help="what starts a launcher (default: this Python)")
     options = parser.parse_args(arguments)
+    for name, decided in DECIDED.items():
+        for override in getattr(options, name):
+            key = override.partition("=")[0]
+            if key in decided:
+                parser.error(f"--{name}: {key} is decided for each run{decided[key]}")
     for name, known in (("methods", tuple(METHODS)), ("tasks", TASKS)):
         given = getattr(options, name).split(",")
         unknown = [value for value in given if value not in known]
@@ -205,7 +228,10 @@ def pretraining(options: argparse.Namespace, method: str) -> Run:
     """The run that a method's fine-tuning starts from."""
     budget = BUDGETS[options.budget]
     name = f"pretrain-{method}"
-    settings = [*budget.pretrain, *options.pretrain, *METHODS[method](options)]
+    common = [*budget.pretrain, *options.pretrain]
+    if method == "dense":  # for which what is set of experts would change nothing
+        common = [setting for setting in common if not setting.startswith("model.moe.")]
+    settings = [*common, *METHODS[method](options)]
     settings += [f"name={name}", f"data.dir={options.data}", f"output_dir={options.out}"]
     return Run(name, "pretrain", ("--config", str(budget.config), *settings), "hf/config.json", {"method": method})
 
@@ -374,8 +400,9 @@ def markdown(options: argparse.Namespace, models: list[Pretrained], results: lis
         lines.append(f"| published: {method} | 63 | {figures['bpc']:.2f} | " + " | ".join(cells) + " |")
     text = [*lines, ""]
     if models:
+        seed = next((given[5:] for given in reversed(options.pretrain) if given.startswith("seed=")), "1")
         text.append(
-            f"Pre-training: {models[0].tokens:,} tokens of {options.data}, seed 1; bits per character of valid."
+            f"Pre-training: {models[0].tokens:,} tokens of {options.data}, seed {seed}; bits per character of valid."
         )
     for task in tasks:
         first = next(result for result in results if result["task"] == task)

@@ -31,9 +31,11 @@ from pathlib import Path
 
 try:
     from benchmarks.shapes import FULL, QUICK, Shape
+    from launcher.common import Parser
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from benchmarks.shapes import FULL, QUICK, Shape
+    from launcher.common import Parser
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
         return int(text)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help=f"the first {len(QUICK)} of the {len(FULL)} shapes")
     which.add_argument("--shape", type=shape, action="append", metavar="T,D,F,E,K", help="this one; repeatable")
@@ -70,6 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--slow-seconds", type=float, default=5.0,
         help="an implementation that takes longer is timed once (default: 5)",
     )  # fmt: skip
+    parser.needs("not profile", "json", "repeats", "slow_seconds")
     options = parser.parse_args(arguments)
     if options.json and not options.json.resolve().parent.is_dir():
         parser.error(f"--json: the directory of {options.json} does not exist; create it first")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from s2moe.training.processes import Processes
     from s2moe.training.run import Result
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # as torch says it
 USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130  # and s2moe.training's errors.LOST, signals.STOPPED
 
 
@@ -65,6 +66,12 @@ def user_errors() -> Iterator[None]:
         fail(f"error: {error}", RUN_FAILED)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).splitlines()[0] if str(error) else "no memory is left"
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        remedy = "take smaller micro-batches or a smaller model; pretrain.py --dry-run says what a run needs"
+        fail(f"error: out of memory: {told}: {remedy}", USER_ERROR, everywhere=True)
 
 
 def is_first_of_machine() -> bool:
@@ -89,12 +96,57 @@ def leave(status: int) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for an error, said once a machine. What is not an option of an entry point is a setting."""
+    """One line for an error, said once a machine. What is not an option of an entry point is a setting.
+
+    An option that changes nothing without another one is refused where that is missing, see `needs`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._needs: dict[str, str] = {}
+
+    def needs(self, partners: str, *names: str) -> None:
+        """The options called `names` matter only with `partners`, a condition on options as `s2moe.options.holds` has.
+
+        All are given as the parsed arguments are called, such as `world_size`.
+        """
+        self._needs |= dict.fromkeys(names, partners)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        options, rest = super().parse_known_args(args, namespace)
+        if self._needs:
+            self._check_needs(options)
+        return options, rest
+
+    def _check_needs(self, options: argparse.Namespace) -> None:
+        from s2moe.options import holds
+
+        def value_of(name: str) -> Any:
+            return getattr(options, name)
+
+        for name, partners in self._needs.items():
+            if value_of(name) != self.get_default(name) and not holds(partners, value_of):
+                told = " or ".join(_condition(partner, value_of) for partner in partners.split(" or "))
+                told = told.replace(" or with ", " or ")
+                self.error(f"{_flag(name)} goes {told}")
 
     def error(self, message: str) -> NoReturn:
         if is_first_of_machine():
             print(f"error: {message} (--help explains)", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR)  # nothing has been started that it could wait for
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _condition(partner: str, value_of: Callable[[str], Any]) -> str:
+    if partner.startswith("not "):
+        return f"without {_flag(partner[4:])}"
+    name, _, values = partner.partition("=")
+    value = value_of(name)
+    here = "" if value in (None, False, []) else f", which is {value}"
+    return f"with {_flag(name)}{' ' if values else ''}{values.replace('|', ' or ')}{here}"
 
 
 def run_parser() -> Parser:

@@ -12,6 +12,7 @@ token has the colour of its first expert in that layer, the prompt's tokens too.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -50,11 +51,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="corpus with the tokenizer, for a checkpoint whose own is gone")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.needs("temperature", "top_p", "seed")
     options = parser.parse_args(arguments)
     if options.tokens < 1:
         parser.error("--tokens must be at least 1")
-    if options.temperature < 0:
-        parser.error("--temperature must not be negative; 0 takes the likeliest token")
+    if not 0 <= options.temperature < math.inf:
+        parser.error("--temperature must not be negative, nor infinite; 0 takes the likeliest token")
     if not 0 < options.top_p <= 1:
         parser.error("--top-p is a probability above 0")
     if options.prompt == "-":

@@ -58,6 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = run_parser()
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--list-methods", action="store_true")
+    parser.needs("dry_run", "world_size")
     options = parser.parse_intermixed_args(arguments)
     if options.world_size is not None and options.world_size < 1:
         parser.error(f"--world-size must be at least 1, got {options.world_size}")

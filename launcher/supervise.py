@@ -18,6 +18,7 @@ ends it too, and the newest checkpoint stays what it is.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -82,6 +83,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 < options.within_minutes < math.inf:
+        parser.error(f"--within-minutes must be positive, got {options.within_minutes}")
     return options, rest
 
 
@@ -104,6 +107,8 @@ def main(arguments: list[str]) -> None:
     if present and processes > len(present):
         raise ConfigError(f"--processes: this machine has {len(present)} GPUs, got {processes}")
     check_world(config, processes)
+    if options.min_processes > processes:
+        raise ConfigError(f"--min-processes: must be at most the {processes} processes, got {options.min_processes}")
 
     def shape(available: int) -> Shape | None:
         found = shape_for(config, processes, available)

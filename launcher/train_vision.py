@@ -89,15 +89,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     report.add_argument("--report", type=Path, metavar="RUN", help="its directory")
     report.add_argument("--corrupt-seed", type=int, help="of noise and of places of occlusion; default: 0")
     report.add_argument("--samples", type=int, help="so many test images, drawn by chance; default: all")
+    parser.needs("table", "runs", "jobs", "rows", "epochs", "output")
+    parser.needs("table or report", "source")
+    parser.needs("report", "corrupt_seed", "samples")
     options = parser.parse_intermixed_args(arguments)
-    for names, owners in (
-        (("runs", "rows", "epochs"), ("table",)),
-        (("source",), ("table", "report")),
-        (("corrupt_seed", "samples"), ("report",)),
-    ):
-        for name in names:
-            if getattr(options, name) is not None and all(getattr(options, owner) is None for owner in owners):
-                parser.error(f"--{name.replace('_', '-')} goes with {' or '.join(f'--{owner}' for owner in owners)}")
     if options.report is not None and (options.table is not None or options.config is not None):
         parser.error("--report goes without --config and --table: a run has its own settings")
     if options.report is not None and (options.overrides or options.dry_run):

@@ -23,6 +23,12 @@ fail() {
     exit 2
 }
 
+# The comment at the head of the batch script, which explains it.
+show_help() {
+    sed -n '2,/^#SBATCH/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$0"
+    exit 0
+}
+
 # Launch, wait, and decide what the job's end means. Exits.
 start() {
     read_arguments "$@"
@@ -59,6 +65,10 @@ read_arguments() {
         option=${1%%=*} value=""
         if [[ $1 == --dry-run ]]; then
             dry_run=1
+        elif [[ $1 == --help || $1 == -h ]]; then
+            show_help
+        elif [[ $1 == --config ]]; then
+            arguments+=("$1" "${2:-}") && shift
         elif [[ $option == --* && " ${shape[*]} " == *" ${option#--} "* ]]; then
             if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2:-} && shift; fi
             [[ $value =~ ^[1-9][0-9]*$ ]] || fail "$option: must be a number, got '$value'"
@@ -69,6 +79,9 @@ read_arguments() {
                 --gpus-per-node) SLURM_GPUS_ON_NODE=$value ;;
                 --cpus-per-task) SLURM_CPUS_PER_TASK=$value ;;
             esac
+        elif [[ $1 == -* && $option != --config ]]; then
+            fail "$option is not an option of launcher/${program:-pretrain}.py in a job: options of sbatch stand" \
+                "before the script; --help explains"
         else
             arguments+=("$1")
         fi

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from s2moe.options import option
+from s2moe.options import option, written
 
 from .learning_rates import LearningRates
-from .run import OptimizerConfig, require
+from .run import MINUTES, SEEDS, OptimizerConfig, require
 
 
 @dataclass
@@ -18,100 +18,83 @@ class FinetuneDataConfig:
     source: str | None = option(
         None, "a local copy, directory or archive, of the official files; null: download them to downloads/task"
     )
-    downloads: str = option("data", "where downloaded files are kept")
+    downloads: str = option("data", "where downloaded files are kept", needs="not source")
     official: bool = option(True, "whether the splits must have the official numbers of texts")
     validation: float = option(
-        0.1, "part of train that is held out to choose the best epoch, where there is no official validation split"
+        0.1,
+        "part of train that is held out to choose the best epoch, where there is no official validation split",
+        above=0,
+        below=1,
+        needs="task=imdb|banking77",
     )
-    input_length: int = option(512, "most tokens of a text")
+    input_length: int = option(512, "most tokens of a text", least=1)
     keep: Literal["first", "last"] = option("first", "which tokens of a longer text remain")
-    max_texts: int | None = option(None, "use at most so many texts of each split, for trying things; null: all")
-
-    def __post_init__(self) -> None:
-        require(0 < self.validation < 1, "data.validation", "must lie between 0 and 1", self.validation)
-        require(self.input_length >= 1, "data.input_length", "must be at least 1", self.input_length)
-        if self.max_texts is not None:
-            require(self.max_texts >= 2, "data.max_texts", "must be at least 2", self.max_texts)
+    max_texts: int | None = option(
+        None, "use at most so many texts of each split, for trying things; null: all", least=2
+    )
 
 
 @dataclass
 class FinetuneModelConfig:
     checkpoint: str = option(help="what to start from: a run directory of launcher/pretrain.py, or its hf/")
     balance_loss: float | None = option(
-        0.0, "coefficient of the router's balance loss; 0 as published; null: as in pre-training"
+        0.0,
+        "coefficient of the router's balance loss; 0 as published; null: as in pre-training, as all other auxiliary "
+        "losses always are",
+        least=0,
     )
     noise: bool = option(True, "keep S2MoE's noisy copies in training; false: train the clean path alone")
     hidden_dropout: float | None = option(
         None,
         "dropout of each residual branch, which native models and GPT-2 have; null: as in pre-training",
+        least=0,
+        below=1,
     )
     freeze: Literal["none", "routers", "experts", "routers_and_experts"] = option(
         "none", "what of the SMoE layers is not trained; X-MoE fine-tunes with routers_and_experts"
     )
 
-    def __post_init__(self) -> None:
-        if self.balance_loss is not None:
-            require(self.balance_loss >= 0, "model.balance_loss", "must not be negative", self.balance_loss)
-        if self.hidden_dropout is not None:
-            require(0 <= self.hidden_dropout < 1, "model.hidden_dropout", "must lie in [0, 1)", self.hidden_dropout)
-
 
 @dataclass
 class FinetuneOptimizerConfig(OptimizerConfig):
-    lr: float = option(1e-4, "peak learning rate of AdamW")
-    betas: tuple[float, float] = option((0.9, 0.999), "decay of AdamW's first and second moment")
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices; norms and biases have none")
-    clip: float = option(1.0, "largest norm of the whole gradient")
+    lr: float = option(1e-4, "peak learning rate of AdamW", above=0)
+    betas: tuple[float, float] = option((0.9, 0.999), "decay of AdamW's first and second moment", least=0, below=1)
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices; norms and biases have none", least=0)
+    clip: float = option(1.0, "largest norm of the whole gradient", above=0)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "of the learning rate, after warm-up")
-    warmup: float = option(0.0, "part of all steps in which the learning rate rises from 0")
+    warmup: float = option(0.0, "part of all steps in which the learning rate rises from 0", least=0, below=1)
     factors: LearningRates = option(factory=LearningRates, help="learning rates by depth")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.clip > 0, "optimizer.clip", "must be positive", self.clip)
-        require(0 <= self.warmup < 1, "optimizer.warmup", "must lie in [0, 1)", self.warmup)
 
 
 @dataclass
 class FinetuneTrainingConfig:
-    epochs: int = option(5, "passes over train; the schedule ends here")
-    batch: int = option(16, "texts per optimizer step over all processes")
-    micro_batch: int | None = option(None, "texts per process and forward pass; null: batch / processes")
-    evaluation_batch: int = option(32, "texts per process and forward pass in evaluation")
-    label_smoothing: float = option(0.0, "part of each label that is spread over all classes")
+    epochs: int = option(5, "passes over train; the schedule ends here", least=1)
+    batch: int = option(16, "texts per optimizer step over all processes", least=1)
+    micro_batch: int | None = option(None, "texts per process and forward pass; null: batch / processes", least=1)
+    evaluation_batch: int = option(32, "texts per process and forward pass in evaluation", least=1)
+    label_smoothing: float = option(0.0, "part of each label that is spread over all classes", least=0, below=1)
     precision: Literal["fp32", "bf16", "fp16"] = option("fp32", "dtype of weights and activations")
-    zero_stage: int = option(1, "DeepSpeed ZeRO: 1, 2 or 3")
-    expert_parallel: int = option(1, "processes that share one copy of the experts; divides processes and experts")
+    zero_stage: int = option(1, "DeepSpeed ZeRO: 1, 2 or 3", least=1, most=3)
+    expert_parallel: int = option(
+        1, "processes that share one copy of the experts; divides processes and experts", least=1
+    )
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    timeout_minutes: float = option(30.0, "for processes to join, and for each wait for one another")
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "evaluation_batch", "expert_parallel"):
-            require(getattr(self, name) >= 1, f"training.{name}", "must be at least 1", getattr(self, name))
-        if self.micro_batch is not None:
-            require(self.micro_batch >= 1, "training.micro_batch", "must be at least 1", self.micro_batch)
-        require(0 <= self.label_smoothing < 1, "training.label_smoothing", "must lie in [0, 1)", self.label_smoothing)
-        require(self.zero_stage in (1, 2, 3), "training.zero_stage", "must be 1, 2 or 3", self.zero_stage)
-        require(self.timeout_minutes > 0, "training.timeout_minutes", "must be positive", self.timeout_minutes)
+    timeout_minutes: float = option(
+        30.0, "for processes to join, and for each wait for one another", above=0, most=MINUTES
+    )
 
 
 @dataclass
 class FinetuneCheckpointConfig:
-    keep: int = option(1, "checkpoints to keep, beside the best one; one is written after every epoch")
+    keep: int = option(1, "checkpoints to keep, beside the best one; one is written after every epoch", least=1)
     resume: Literal["auto", "never", "must"] = option(
         "auto", "auto: continue from the newest checkpoint if there is one; never, must: an error if there is, is not"
     )
 
-    def __post_init__(self) -> None:
-        require(self.keep >= 1, "checkpoint.keep", "must be at least 1", self.keep)
-
 
 @dataclass
 class FinetuneLoggingConfig:
-    every: int = option(20, "steps between log events (metrics.jsonl, TensorBoard)")
-
-    def __post_init__(self) -> None:
-        require(self.every >= 1, "logging.every", "must be at least 1", self.every)
+    every: int = option(20, "steps between log events (metrics.jsonl, TensorBoard)", least=1)
 
 
 @dataclass(kw_only=True)
@@ -122,7 +105,7 @@ class FinetuneConfig:
     data: FinetuneDataConfig = option(help="texts and classes")
     model: FinetuneModelConfig = option(help="what is fine-tuned")
     output_dir: str = option("runs", "directory of all runs")
-    seed: int = option(1, "the new head, order of the data, dropout and noise; not the splits")
+    seed: int = option(1, "the new head, order of the data, dropout and noise; not the splits", least=0, below=SEEDS)
     training: FinetuneTrainingConfig = option(factory=FinetuneTrainingConfig, help="length, batch and parallelism")
     optimizer: FinetuneOptimizerConfig = option(factory=FinetuneOptimizerConfig)
     checkpoint: FinetuneCheckpointConfig = option(factory=FinetuneCheckpointConfig)
@@ -154,6 +137,18 @@ class FinetuneConfig:
             training.batch,
         )
         return micro
+
+    def check_dense(self, sparse_layers: int) -> None:
+        """Raise ConfigError where settings of SMoE layers are given for a model that has none."""
+        if sparse_layers:
+            return
+        for key, value, default in (
+            ("model.balance_loss", self.model.balance_loss or 0.0, 0.0),
+            ("model.freeze", self.model.freeze, "none"),
+            ("model.noise", self.model.noise, True),
+            ("training.expert_parallel", self.training.expert_parallel, 1),
+        ):
+            require(value == default, key, f"the model has no SMoE layers: leave it {written(default)}", value)
 
     def model_changes(self, router: dict[str, Any], classes: tuple[str, ...]) -> dict[str, Any]:
         """What of the pre-trained model's configuration is to change. `router`: its router's options."""

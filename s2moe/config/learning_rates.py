@@ -17,14 +17,11 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|wpe)\.")
 class LearningRates:
     """Factors of the learning rate. The last block and the final norm have factor 1."""
 
-    head: float = option(1.0, "factor of the learning rate of the head, which is new")
-    layer_decay: float = option(1.0, "each block's learning rate, as a factor of the block's above it")
-    embedding: float = option(1.0, "factor of the embedding's learning rate, besides a layer_decay for every block")
-
-    def __post_init__(self) -> None:
-        for name in ("head", "layer_decay", "embedding"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+    head: float = option(1.0, "factor of the learning rate of the head, which is new", least=0)
+    layer_decay: float = option(1.0, "each block's learning rate, as a factor of the block's above it", least=0)
+    embedding: float = option(
+        1.0, "factor of the embedding's learning rate, besides a layer_decay for every block", least=0
+    )
 
     def factors(self, num_layers: int) -> Callable[[str], float]:
         """The factor of a parameter by its name in a model of so many blocks."""

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from s2moe.options import deep_merge
 
 from .options import MISSING, ConfigError, Key, Section, convert, dataclass_section
+from .plain_yaml import parse_yaml, read_yaml, write_yaml
+from .relevance import refuse_or_name
 
 Config = TypeVar("Config")
 BASE = "base"
@@ -30,28 +30,25 @@ def load(cls: type[Config], path: str | os.PathLike[str] | None, overrides: Iter
     """Read `path` (None: defaults only), apply `overrides`, check everything, build a `cls`.
 
     Raises:
-        ConfigError: file not found or not YAML, unknown key, wrong type, missing or impossible value.
+        ConfigError: file not found or not YAML, unknown key, wrong type, missing or impossible value; an override of
+            what changes nothing in this run. In a file, which runs may share, that is only named, in a warning.
     """
     section = dataclass_section(cls)
     tree = read_file(Path(path), section) if path is not None else {}
+    asked: dict[str, Any] = {}
     for text in overrides:
-        tree = deep_merge(tree, read_override(text, section))
-    return build(section, tree)
+        asked = deep_merge(asked, read_override(text, section))
+    config = build(section, deep_merge(tree, asked))
+    refuse_or_name(config, section, tree, asked)
+    return config
 
 
 def read_file(path: Path, section: Section, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a YAML file on top of those of its bases, keys checked."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path)) if "\0" not in str(path) else path
     if path in seen:
         raise ConfigError(f"{path}: is its own base, by way of {', '.join(str(p) for p in seen)}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level, got {type(tree).__name__}")
     bases = tree.pop(BASE, [])
@@ -70,10 +67,7 @@ def read_override(text: str, section: Section) -> dict[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"expected an override of the form section.key=value, got {text!r}")
-    try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: the value {value!r} is not valid YAML: {error}") from error
+    tree: Any = parse_yaml(value, f"{name}: the value {value!r}")
     for part in reversed(name.split(".")):
         tree = {part: tree}
     check_keys(tree, section)
@@ -102,6 +96,9 @@ def build(section: Section, tree: Mapping[str, Any], path: str = "") -> Any:
             given[name] = build(known, tree.get(name) or {}, f"{dotted}.")
         elif name in tree:
             given[name] = convert(tree[name], known.type, dotted)
+            rule = known.limits.broken_rule(given[name])
+            if rule:
+                raise ConfigError(f"{dotted}: {rule}, got {given[name]!r}")
         elif known.default is MISSING:
             raise ConfigError(f"{dotted}: must be given{': ' + known.help if known.help else ''}")
     try:
@@ -126,7 +123,7 @@ def to_dict(config: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML; loading it again gives an equal configuration."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=110)
+    return write_yaml(to_dict(config))
 
 
 def dotted_keys(section: Section, path: str = "") -> Iterator[tuple[str, Key]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from s2moe.models.configuration import S2MoEConfig
@@ -17,7 +18,7 @@ from s2moe.moe.routers import ROUTERS
 
 from .loader import build as build_section
 from .loader import check_keys
-from .options import Key, Section, default_of, open_section
+from .options import MISSING, Key, Section, open_section
 
 FROM_THE_RUN = {
     "vocab_size": "symbols of the vocabulary; null: as many as the corpus has",
@@ -35,13 +36,13 @@ def model_section() -> Section:
             continue
         text = fields[name].metadata.get("help", "")
         if name in FROM_THE_RUN:
-            keys[name] = Key(int | None, None, FROM_THE_RUN[name])
+            keys[name] = replace(Key.of(fields[name], int | None, FROM_THE_RUN[name]), default=None)
         elif name == "moe":
             text = "the sparse mixture-of-experts layers; method changes defaults below, which are the default method's"
             section = open_section(MoEConfig, build_moe, text)
             keys[name] = with_defaults(section, dataclasses.asdict(resolve_moe({})))
         else:
-            keys[name] = Key(hint, default_of(fields[name]), text)
+            keys[name] = Key.of(fields[name], hint, text)
 
     def build(given: dict[str, Any]) -> dict[str, Any]:
         values = {name: key.default for name, key in keys.items() if isinstance(key, Key)} | given
@@ -83,6 +84,22 @@ def with_defaults(section: Section, values: Mapping[str, Any]) -> Section:
         else:
             keys[name] = known if isinstance(values[name], dict) else dataclasses.replace(known, default=values[name])
     return dataclasses.replace(section, keys=keys)
+
+
+def with_router(model: Section, name: str) -> Section:
+    """The section of a model's settings, with the options of the router called `name` in place of any."""
+    moe = model.keys["moe"]
+    assert isinstance(moe, Section)
+    options = open_section(ROUTERS[name].Options, dict)
+    known = moe.keys["router"]
+    router = replace(options, needs=known.needs, keys={"name": Key(str, MISSING), **options.keys})
+    return replace(model, keys={**model.keys, "moe": replace(moe, keys={**moe.keys, "router": router})})
+
+
+def facts_of(moe: MoEConfig, layers: int) -> dict[str, bool]:
+    """What of a model's layers decides which settings matter."""
+    sparse = sum(moe.is_sparse(layer) for layer in range(layers))
+    return {"SMoE layers": sparse > 0, "dense layers": sparse < layers}
 
 
 def default_model() -> dict[str, Any]:

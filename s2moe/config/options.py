@@ -9,11 +9,14 @@ transformers) supplies its own `Section`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal
+
+from s2moe.options import Limits
 
 
 class ConfigError(ValueError):
@@ -22,11 +25,19 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Key:
-    """One setting: its type, its default (`MISSING` when it must be given), its meaning."""
+    """One setting: its type, its default (`MISSING` when it must be given), its meaning, and see `option`."""
 
     type: Any
-    default: Any = MISSING
+    default: Any
     help: str = ""
+    limits: Limits = Limits()
+    needs: str = ""
+
+    @staticmethod
+    def of(item: dataclasses.Field, type: Any, help: str) -> Key:
+        """The setting that a field declares."""
+        declared = item.metadata
+        return Key(type, default_of(item), help, declared.get("limits", Limits()), declared.get("needs", ""))
 
 
 @dataclass(frozen=True)
@@ -34,15 +45,17 @@ class Section:
     """Named keys and sections, and how to make the section's value from the settings that were given.
 
     `build` receives only the given keys, already checked; it raises ValueError for values that are
-    each well-typed but impossible together.
+    each well-typed but impossible together. All keys matter only where `needs` holds, see `option`; those that it
+    names, in the section itself, always do.
     """
 
     keys: Mapping[str, Key | Section]
     build: Callable[[dict[str, Any]], Any]
     help: str = ""
+    needs: str = ""
 
 
-def dataclass_section(cls: type, help: str = "") -> Section:
+def dataclass_section(cls: type, help: str = "", needs: str = "") -> Section:
     """The section described by a dataclass: nested dataclasses become nested sections."""
     hints = typing.get_type_hints(cls)
     keys: dict[str, Key | Section] = {}
@@ -54,10 +67,10 @@ def dataclass_section(cls: type, help: str = "") -> Section:
         if explicit is not None:
             keys[item.name] = explicit
         elif dataclasses.is_dataclass(hints[item.name]):
-            keys[item.name] = dataclass_section(hints[item.name], text)
+            keys[item.name] = dataclass_section(hints[item.name], text, item.metadata.get("needs", ""))
         else:
-            keys[item.name] = Key(_hint(item, hints), default_of(item), text)
-    return Section(keys, lambda given: cls(**given), help)
+            keys[item.name] = Key.of(item, _hint(item, hints), text)
+    return Section(keys, lambda given: cls(**given), help, needs)
 
 
 def open_section(cls: type, build: Callable[[dict[str, Any]], Any], help: str = "") -> Section:
@@ -69,7 +82,7 @@ def open_section(cls: type, build: Callable[[dict[str, Any]], Any], help: str = 
     keys = dict(dataclass_section(cls).keys)
     for name, known in keys.items():
         if isinstance(known, Section):
-            keys[name] = open_section(hints[name], dict, known.help)
+            keys[name] = dataclasses.replace(open_section(hints[name], dict, known.help), needs=known.needs)
     return Section(keys, build, help)
 
 
@@ -109,18 +122,17 @@ def convert(value: Any, expected: Any, path: str) -> Any:
         return dict(value)
     elif expected is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
             try:
                 return float(value)
-            except ValueError:
-                pass
+            except OverflowError:  # a whole number beyond all floats
+                return math.inf
     elif expected is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif isinstance(expected, type) and isinstance(value, expected):
         return value
-    raise ConfigError(f"{path}: expected {type_name(expected)}, got {value!r}")
+    hint = "; text that looks like something else is quoted" if expected is str and value is not None else ""
+    raise ConfigError(f"{path}: expected {type_name(expected)}, got {value!r}{hint}")
 
 
 def _convert_sequence(value: Any, origin: type, arguments: tuple[Any, ...], path: str) -> Any:

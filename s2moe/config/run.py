@@ -7,19 +7,24 @@ the corpus' vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from s2moe.moe.config import typed_moe
 from s2moe.options import option
 
-from .model import default_model, model_section
-from .options import ConfigError
+from .loader import to_dict
+from .model import default_model, facts_of, model_section, with_router
+from .options import ConfigError, Section, dataclass_section
+from .relevance import Settings
 
 if TYPE_CHECKING:
     from s2moe.data import Corpus
     from s2moe.models.configuration import S2MoEConfig
 
+MINUTES = 10**6  # two years, which clocks of all kinds can count
+SEEDS = 2**32  # what every generator takes
 TOKENWISE = ("topk", "xmoe", "smoe_dropout")  # routers that choose by a token alone, wherever its sequence is
 
 
@@ -42,19 +47,13 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    lr: float = option(3e-4, "peak learning rate of AdamW")
-    betas: tuple[float, float] = option((0.9, 0.95), "decay of AdamW's first and second moment")
-    eps: float = option(1e-8, "added to AdamW's denominator")
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices; norms and biases have none")
-    clip: float = option(1.0, "largest norm of the whole gradient; 0 switches clipping off")
-
-    def __post_init__(self) -> None:
-        require(self.lr > 0, "optimizer.lr", "must be positive", self.lr)
-        for beta in self.betas:
-            require(0 <= beta < 1, "optimizer.betas", "must lie in [0, 1)", list(self.betas))
-        require(self.eps > 0, "optimizer.eps", "must be positive", self.eps)
-        require(self.weight_decay >= 0, "optimizer.weight_decay", "must not be negative", self.weight_decay)
-        require(self.clip >= 0, "optimizer.clip", "must not be negative", self.clip)
+    name: ClassVar[str] = "adamw"  # of training/engine.OPTIMIZERS; images have a choice
+    decayed: ClassVar[str] = "matrices"
+    lr: float = option(3e-4, "peak learning rate of AdamW", above=0)
+    betas: tuple[float, float] = option((0.9, 0.95), "decay of AdamW's first and second moment", least=0, below=1)
+    eps: float = option(1e-8, "added to AdamW's denominator", above=0)
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices; norms and biases have none", least=0)
+    clip: float = option(1.0, "largest norm of the whole gradient; 0 switches clipping off", least=0)
 
 
 @dataclass
@@ -62,52 +61,56 @@ class ScheduleConfig:
     kind: Literal["cosine", "constant_cooldown"] = option(
         "cosine", "cosine: falls from the first step after warm-up; constant_cooldown: flat, then linear to the end"
     )
-    warmup_steps: int = option(0, "steps of linear warm-up from 0")
-    min_lr_ratio: float = option(0.1, "learning rate at the last step, as a fraction of the peak")
-    cooldown_fraction: float = option(0.2, "part of all steps that the cool-down takes (constant_cooldown)")
-
-    def __post_init__(self) -> None:
-        require(self.warmup_steps >= 0, "schedule.warmup_steps", "must not be negative", self.warmup_steps)
-        require(0 <= self.min_lr_ratio <= 1, "schedule.min_lr_ratio", "must lie in [0, 1]", self.min_lr_ratio)
-        require(
-            0 <= self.cooldown_fraction <= 1, "schedule.cooldown_fraction", "must lie in [0, 1]", self.cooldown_fraction
-        )
+    warmup_steps: int = option(0, "steps of linear warm-up from 0", least=0)
+    min_lr_ratio: float = option(0.1, "learning rate at the last step, as a fraction of the peak", least=0, most=1)
+    cooldown_fraction: float = option(
+        0.2,
+        "part of all steps that the cool-down takes (constant_cooldown)",
+        least=0,
+        most=1,
+        needs="kind=constant_cooldown",
+    )
 
 
 @dataclass
 class TrainingConfig:
-    steps: int = option(help="optimizer steps of the whole run; the schedule ends here")
-    global_batch: int = option(help="sequences per optimizer step over all processes")
-    sequence_length: int = option(help="tokens per training sequence")
+    steps: int = option(help="optimizer steps of the whole run; the schedule ends here", least=1)
+    global_batch: int = option(help="sequences per optimizer step over all processes", least=1)
+    sequence_length: int = option(help="tokens per training sequence", least=1)
     micro_batch: int | None = option(
-        None, "sequences per process and forward pass; null: global_batch / processes, no accumulation"
+        None, "sequences per process and forward pass; null: global_batch / processes, no accumulation", least=1
     )
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "dtype of weights and activations; optimizer state and router arithmetic are always float32"
     )
     zero_stage: int = option(1, "DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 weights too")
     sequence_parallel: int = option(
-        1, "processes that share each sequence's tokens (Ulysses), for long ones; divides sequence_length and heads"
+        1,
+        "processes that share each sequence's tokens (Ulysses), for long ones; divides sequence_length and heads",
+        least=1,
     )
     offload_optimizer: bool = option(
         False, "keep optimizer state and its float32 weights in the host's memory, and step there: fits more, is slower"
     )
-    expert_parallel: int = option(1, "processes that share one copy of the experts; divides processes and experts")
+    expert_parallel: int = option(
+        1, "processes that share one copy of the experts; divides processes and experts", least=1
+    )
     freeze: Literal["none", "routers", "experts", "routers_and_experts"] = option(
         "none", "what of the SMoE layers is not trained; X-MoE fine-tunes with routers_and_experts"
     )
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     compile: bool = option(False, "torch.compile the dense parts of the model (attention)")
     stop_after_minutes: float | None = option(
-        None, "save a checkpoint and stop after this time; the same command then resumes"
+        None, "save a checkpoint and stop after this time; the same command then resumes", above=0, most=MINUTES
     )
     timeout_minutes: float = option(
-        30.0, "a process that made no progress for so long ends, and names the one it waits for; above any checkpoint"
+        30.0,
+        "a process that made no progress for so long ends, and names the one it waits for; above any checkpoint",
+        above=0,
+        most=MINUTES,
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequence_length", "sequence_parallel"):
-            require(getattr(self, name) >= 1, f"training.{name}", "must be at least 1", getattr(self, name))
         check_training(self)
 
 
@@ -119,56 +122,58 @@ class InitConfig:
         "as many as there, or of a dense model's MLPs (one trained with model.moe.first_dense=num_hidden_layers)",
     )
     noise: float = option(
-        0.01, "what copied experts are told apart by: standard deviation, relative to that of each matrix"
+        0.01,
+        "what copied experts are told apart by: standard deviation, relative to that of each matrix",
+        least=0,
+        needs="weights",
     )
-
-    def __post_init__(self) -> None:
-        require(self.noise >= 0, "init.noise", "must not be negative", self.noise)
 
 
 @dataclass
 class EvaluationConfig:
-    every: int = option(1000, "steps between validations; 0: only at the end")
+    every: int = option(1000, "steps between validations; 0: only at the end", least=0)
     context: int = option(
         512,
         "tokens before every scored token, where they exist; it attends to the last "
         "model.max_position_embeddings of them, itself included",
+        least=1,
     )
-    segment: int = option(512, "tokens scored per window; the window holds context + segment - 1 tokens")
-    batch: int = option(16, "windows per process and forward pass")
+    segment: int = option(512, "tokens scored per window; the window holds context + segment - 1 tokens", least=1)
+    batch: int = option(16, "windows per process and forward pass", least=1)
     max_symbols: int | None = option(
-        None, "during training score only the first so many tokens; the last validation scores all"
+        None,
+        "during training score only the first so many tokens; the last validation scores all",
+        least=2,
+        needs="every",
     )
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, "evaluation.every", "must not be negative", self.every)
-        for name in ("context", "segment", "batch"):
-            require(getattr(self, name) >= 1, f"evaluation.{name}", "must be at least 1", getattr(self, name))
-        if self.max_symbols is not None:
-            require(self.max_symbols >= 2, "evaluation.max_symbols", "must be at least 2", self.max_symbols)
 
 
 @dataclass
 class ProbeConfig:
     every: int = option(
-        0, "steps between probes of the SMoE layers, the collapse metrics (and one at the end); 0: none"
+        0,
+        "steps between probes of the SMoE layers, the collapse metrics (and one at the end); 0: none",
+        least=0,
+        needs="SMoE layers",
     )
     tokens: int = option(
         4096,
         "first so many tokens of the validation split, in windows of training.sequence_length; the same every time",
+        least=1,
+        needs="every",
     )
-    samples: int = option(256, "tokens among them, evenly spaced, that all experts compute to compare their outputs")
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, "probe.every", "must not be negative", self.every)
-        require(self.tokens >= 1, "probe.tokens", "must be at least 1", self.tokens)
-        require(self.samples >= 2, "probe.samples", "must be at least 2", self.samples)
+    samples: int = option(
+        256,
+        "tokens among them, evenly spaced, that all experts compute to compare their outputs",
+        least=2,
+        needs="every",
+    )
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = option(1000, "steps between checkpoints; 0: only at the end")
-    keep: int = option(2, "complete checkpoints to keep")
+    every: int = option(1000, "steps between checkpoints; 0: only at the end", least=0)
+    keep: int = option(2, "complete checkpoints to keep", least=1)
     asynchronous: bool = option(
         False,
         "write behind training: it waits only for a copy in the host's memory, and a failed write ends it later",
@@ -177,30 +182,20 @@ class CheckpointConfig:
         "auto", "auto: continue from the newest checkpoint if there is one; never, must: an error if there is, is not"
     )
 
-    def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every", "must not be negative", self.every)
-        require(self.keep >= 1, "checkpoint.keep", "must be at least 1", self.keep)
-
 
 @dataclass
 class LogConfig:
-    every: int = option(50, "steps between log events (metrics.jsonl, TensorBoard, progress)")
+    every: int = option(50, "steps between log events (metrics.jsonl, TensorBoard, progress)", least=1)
     tensorboard: bool = option(True, "write TensorBoard event files")
-    images_every: int = option(500, "steps between load heat-maps and histograms in TensorBoard; 0: none")
-
-    def __post_init__(self) -> None:
-        require(self.every >= 1, "logging.every", "must be at least 1", self.every)
-        require(self.images_every >= 0, "logging.images_every", "must not be negative", self.images_every)
+    images_every: int = option(
+        500, "steps between load heat-maps and histograms in TensorBoard; 0: none", least=0, needs="tensorboard"
+    )
 
 
 @dataclass
 class LoggingConfig(LogConfig):
-    sample_prompt: str = option("The ", "text that the sample at the end of the run continues")
-    sample_tokens: int = option(300, "tokens of that sample; 0: none")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.sample_tokens >= 0, "logging.sample_tokens", "must not be negative", self.sample_tokens)
+    sample_prompt: str = option("The ", "text that the sample at the end of the run continues", needs="sample_tokens")
+    sample_tokens: int = option(300, "tokens of that sample; 0: none", least=0)
 
 
 @dataclass
@@ -212,10 +207,11 @@ class ProfileConfig:
         1000,
         "steps between samples (and one at step 10) of the time inside the SMoE layers: dispatch, all-to-all, "
         "experts; 0: none",
+        least=0,
+        needs="SMoE layers",
     )
 
     def __post_init__(self) -> None:
-        require(self.layers_every >= 0, "profile.layers_every", "must not be negative", self.layers_every)
         self.range()
 
     def range(self) -> tuple[int, int] | None:
@@ -226,6 +222,11 @@ class ProfileConfig:
         valid = first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)
         require(valid, "profile.steps", "must be a step or a range of steps such as 10-12", self.steps)
         return int(first), int(last or first)
+
+    def check(self, steps: int) -> None:
+        """Raise ConfigError unless a run of so many steps has one of those to trace."""
+        traced = self.range()
+        require(traced is None or traced[0] <= steps, "profile.steps", f"the run ends at step {steps}", self.steps)
 
 
 class Run:
@@ -265,7 +266,7 @@ class RunConfig(Run):
     data: DataConfig = option(help="the corpus")
     training: TrainingConfig = option(help="length, batch and parallelism")
     output_dir: str = option("runs", "directory of all runs")
-    seed: int = option(1, "initial weights, order of the data, dropout and noise")
+    seed: int = option(1, "initial weights, order of the data, dropout and noise", least=0, below=SEEDS)
     model: dict[str, Any] = option(factory=default_model, section=model_section())
     init: InitConfig = option(factory=InitConfig)
     optimizer: OptimizerConfig = option(factory=OptimizerConfig)
@@ -300,6 +301,7 @@ class RunConfig(Run):
             self.probe.tokens,
         )
         self._check_experts()
+        self.profile.check(training.steps)
         if training.sequence_parallel > 1:
             self._check_sequence_parallel()
 
@@ -337,6 +339,12 @@ class RunConfig(Run):
 
     def _check_experts(self) -> None:
         moe, training = self.model["moe"], self.training
+        if not self._facts()["SMoE layers"]:
+            for name, default in (("expert_parallel", 1), ("freeze", "none")):
+                value = getattr(training, name)
+                require(
+                    value == default, f"training.{name}", f"the model has no SMoE layers: leave it {default}", value
+                )
         require(
             moe["num_experts"] % training.expert_parallel == 0,
             "training.expert_parallel",
@@ -354,6 +362,17 @@ class RunConfig(Run):
                     f"must be a multiple of 8 with {training.precision}: grouped matrix products need rows of 16 bytes",
                     size,
                 )
+
+    def _facts(self) -> dict[str, bool]:
+        return facts_of(typed_moe(self.model["moe"]), self.model["num_hidden_layers"])
+
+    def described(self) -> Settings:
+        """The settings with the options of the router that is used."""
+        section = dataclass_section(type(self))
+        model = section.keys["model"]
+        assert isinstance(model, Section)
+        model = with_router(model, self.model["moe"]["router"]["name"])
+        return Settings(replace(section, keys={**section.keys, "model": model}), to_dict(self), self._facts())
 
     def model_config(self, vocab_size: int) -> S2MoEConfig:
         """The model's configuration for a corpus of `vocab_size` symbols.
@@ -375,10 +394,7 @@ class RunConfig(Run):
 
 def check_training(training: Any) -> None:
     """Raise ConfigError at what is impossible in the `training:` section of any run."""
-    for name in ("global_batch", "expert_parallel"):
-        require(getattr(training, name) >= 1, f"training.{name}", "must be at least 1", getattr(training, name))
     if training.micro_batch is not None:
-        require(training.micro_batch >= 1, "training.micro_batch", "must be at least 1", training.micro_batch)
         require(
             training.global_batch % training.micro_batch == 0,
             "training.micro_batch",
@@ -391,9 +407,6 @@ def check_training(training: Any) -> None:
             "expert_parallel, and bf16 training diverges from stages 1-3. Use 1, which costs nothing more"
         )
     require(training.zero_stage in (1, 2, 3), "training.zero_stage", "must be 1, 2 or 3", training.zero_stage)
-    require(training.timeout_minutes > 0, "training.timeout_minutes", "must be positive", training.timeout_minutes)
-    limit = training.stop_after_minutes
-    require(limit is None or limit > 0, "training.stop_after_minutes", "must be positive", limit)
 
 
 def check_world(config: Run, world_size: int) -> None:

@@ -17,14 +17,18 @@ from huggingface_hub.errors import StrictDataclassError
 
 from s2moe.data.images import AUGMENTATIONS, IMAGE_SETS, ImageSet, open_images
 from s2moe.models.vision import VISION_KINDS, VisionConfig
-from s2moe.moe.config import MoEConfig
-from s2moe.options import nearest, option
+from s2moe.moe.config import MoEConfig, resolve_moe
+from s2moe.options import deep_merge, nearest, option
 
 from .help import section_text
 from .loader import build as build_section
-from .loader import check_keys
-from .options import ConfigError, Key, Section, default_of, open_section
+from .loader import check_keys, to_dict
+from .model import with_router
+from .options import MISSING, ConfigError, Key, Section, dataclass_section, open_section
+from .relevance import Settings
 from .run import (
+    MINUTES,
+    SEEDS,
     CheckpointConfig,
     LogConfig,
     OptimizerConfig,
@@ -43,19 +47,24 @@ DEFAULT_KIND = "mixture"
 class VisionDataConfig:
     name: str = option("digits", "the set of images: see --list-sets; digits needs no network")
     source: str | None = option(
-        None, "a local copy, directory or archive, of the set's official files; null: download them to data.dir"
+        None,
+        "a local copy, directory or archive, of the set's official files; null: download them to data.dir",
+        needs="name!=digits|synthetic_strokes",
     )
     dir: str = option("data", "where downloaded files are kept")
     options: dict[str, Any] = option(factory=dict, help="what the set itself can be asked for, such as its classes")
     augmentation: str | None = option(None, "of training images, none or flip_crop; null: the set's own")
-    normalise: bool = option(
-        True, "subtract the set's mean and divide by its standard deviation; false: pixels in [0, 1], as kind vae needs"
+    normalise: bool | None = option(
+        None,
+        "subtract the set's mean and divide by its standard deviation; false: pixels in [0, 1]; null: true, but false "
+        "for kind vae, which needs such pixels",
+        needs="model.kind!=vae",
     )
-    fraction: float = option(1.0, "train on the first part of each class only")
+    fraction: float = option(1.0, "train on the first part of each class only", above=0, most=1)
     max_train: int | None = option(
-        None, "train on so many images only, the same ones in every run, drawn by chance; null: all"
+        None, "train on so many images only, the same ones in every run, drawn by chance; null: all", least=1
     )
-    max_test: int | None = option(None, "test on so many images only, likewise; null: all")
+    max_test: int | None = option(None, "test on so many images only, likewise; null: all", least=1)
 
     def __post_init__(self) -> None:
         for name, known in (("name", IMAGE_SETS), ("augmentation", AUGMENTATIONS)):
@@ -63,15 +72,11 @@ class VisionDataConfig:
             known_names = ", ".join(known)
             rule = f"unknown{nearest(value, known)}; known are {known_names}"
             require(value is None or value in known, f"data.{name}", rule, value)
-        require(0 < self.fraction <= 1, "data.fraction", "must lie in (0, 1]", self.fraction)
-        for name in ("max_train", "max_test"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"data.{name}", "must be at least 1", value)
 
     def open(self) -> ImageSet:
         """The images; CorpusError says what is missing, and how to get it."""
         images = open_images(self.name, source=self.source, directory=self.dir, **self.options).fraction(self.fraction)
-        if not self.normalise:
+        if self.normalise is False:
             images = dataclasses.replace(images, mean=(0.0,) * images.channels, std=(1.0,) * images.channels)
         return images.drawn(self.max_train or len(images.train), self.max_test or len(images.test))
 
@@ -82,22 +87,24 @@ class VisionDataConfig:
 
 @dataclass
 class VisionOptimizerConfig(OptimizerConfig):
-    name: Literal["adam", "adamw", "sgd", "rmsprop"] = option(
+    name: Literal["adam", "adamw", "sgd", "rmsprop"] = option(  # type: ignore[misc]
         "adam", "adam couples weight decay with the gradient, as the classic papers do; adamw does not"
     )
-    lr: float = option(1e-3, "peak learning rate")
-    betas: tuple[float, float] = option((0.9, 0.999), "decay of the first and second moment (adam, adamw)")
-    eps: float = option(1e-8, "added to the denominator (adam, adamw, rmsprop)")
-    momentum: float = option(0.9, "of sgd and rmsprop")
-    weight_decay: float = option(0.0, "of all weights or of matrices, see decayed")
-    decayed: Literal["all", "matrices"] = option(
-        "all", "what weight decay is for: all weights, as torch's optimizers have it, or no biases, norms and vectors"
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "decay of the first and second moment (adam, adamw)", least=0, below=1, needs="name=adam|adamw"
     )
-    clip: float = option(0.0, "largest norm of the whole gradient; 0 switches clipping off")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.momentum < 1, "optimizer.momentum", "must lie in [0, 1)", self.momentum)
+    eps: float = option(
+        1e-8, "added to the denominator (adam, adamw, rmsprop)", above=0, needs="name=adam|adamw|rmsprop"
+    )
+    momentum: float = option(0.9, "of sgd and rmsprop", least=0, below=1, needs="name=sgd|rmsprop")
+    weight_decay: float = option(0.0, "of all weights or of matrices, see decayed", least=0)
+    decayed: Literal["all", "matrices"] = option(  # type: ignore[misc]
+        "all",
+        "what weight decay is for: all weights, as torch's optimizers have it, or no biases, norms and vectors",
+        needs="weight_decay",
+    )
+    clip: float = option(0.0, "largest norm of the whole gradient; 0 switches clipping off", least=0)
 
 
 @dataclass
@@ -105,46 +112,54 @@ class VisionScheduleConfig(ScheduleConfig):
     kind: Literal["constant", "step", "cosine", "linear"] = option(  # type: ignore[assignment]
         "constant", "step: falls by step_factor after every step_epochs; linear: to min_lr_ratio at the last step"
     )
-    min_lr_ratio: float = option(0.0, "learning rate at the last step, as a fraction of the peak (cosine, linear)")
-    step_epochs: int = option(20, "epochs between the falls of kind=step")
-    step_factor: float = option(1 / 3, "what the learning rate is multiplied with at each of them")
+    min_lr_ratio: float = option(
+        0.0,
+        "learning rate at the last step, as a fraction of the peak (cosine, linear)",
+        least=0,
+        most=1,
+        needs="kind=cosine|linear",
+    )
+    step_epochs: int = option(20, "epochs between the falls of kind=step", least=1, needs="kind=step")
+    step_factor: float = option(
+        1 / 3, "what the learning rate is multiplied with at each of them", above=0, most=1, needs="kind=step"
+    )
     cooldown_fraction: ClassVar[float] = 1.0  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.step_epochs >= 1, "schedule.step_epochs", "must be at least 1", self.step_epochs)
-        require(0 < self.step_factor <= 1, "schedule.step_factor", "must lie in (0, 1]", self.step_factor)
 
 
 @dataclass
 class VisionTrainingConfig:
-    epochs: float = option(20.0, "passes over the training images; the schedule ends with them")
-    steps: int | None = option(None, "optimizer steps of the whole run, instead of epochs; null: those of the epochs")
-    global_batch: int = option(512, "images per optimizer step over all processes")
+    epochs: float = option(
+        20.0, "passes over the training images; the schedule ends with them", above=0, needs="not steps"
+    )
+    steps: int | None = option(
+        None, "optimizer steps of the whole run, instead of epochs; null: those of the epochs", least=1
+    )
+    global_batch: int = option(512, "images per optimizer step over all processes", least=1)
     micro_batch: int | None = option(
-        None, "images per process and forward pass; null: global_batch / processes, no accumulation"
+        None, "images per process and forward pass; null: global_batch / processes, no accumulation", least=1
     )
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "dtype of weights and activations; optimizer state and router arithmetic are always float32"
     )
     zero_stage: int = option(1, "DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 weights too")
     offload_optimizer: bool = option(False, "keep optimizer state in the host's memory, and step there")
-    expert_parallel: int = option(1, "processes that share one copy of SMoE layers' experts; divides both")
+    expert_parallel: int = option(1, "processes that share one copy of SMoE layers' experts; divides both", least=1)
     freeze: Literal["none", "routers", "experts", "routers_and_experts"] = option(
         "none", "what of the SMoE layers is not trained; see model.frozen for a mixture"
     )
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     stop_after_minutes: float | None = option(
-        None, "save a checkpoint and stop after this time; the same command then resumes"
+        None, "save a checkpoint and stop after this time; the same command then resumes", above=0, most=MINUTES
     )
     timeout_minutes: float = option(
-        30.0, "a process that made no progress for so long ends, and names the one it waits for; above any checkpoint"
+        30.0,
+        "a process that made no progress for so long ends, and names the one it waits for; above any checkpoint",
+        above=0,
+        most=MINUTES,
     )
     sequence_parallel: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, "training.epochs", "must be positive", self.epochs)
-        require(self.steps is None or self.steps >= 1, "training.steps", "must be at least 1", self.steps)
         check_training(self)
 
 
@@ -164,14 +179,13 @@ class VisionInitConfig:
 
 @dataclass
 class VisionEvaluationConfig:
-    every: int = option(0, "steps between evaluations of the test split; 0: after every evaluation.every_epochs")
-    every_epochs: float = option(1.0, "epochs between evaluations where `every` is 0; 0: only at the end")
-    batch: int = option(500, "images per process and forward pass")
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, "evaluation.every", "must not be negative", self.every)
-        require(self.every_epochs >= 0, "evaluation.every_epochs", "must not be negative", self.every_epochs)
-        require(self.batch >= 1, "evaluation.batch", "must be at least 1", self.batch)
+    every: int = option(
+        0, "steps between evaluations of the test split; 0: after every evaluation.every_epochs", least=0
+    )
+    every_epochs: float = option(
+        1.0, "epochs between evaluations where `every` is 0; 0: only at the end", least=0, needs="not every"
+    )
+    batch: int = option(500, "images per process and forward pass", least=1)
 
 
 @dataclass
@@ -187,7 +201,9 @@ class VisionRunConfig(Run):
 
     name: str = option(help="name of the run: its directory is output_dir/name")
     output_dir: str = option("runs", "directory of all runs")
-    seed: int = option(1, "initial weights, order and augmentation of the images, dropout and noise")
+    seed: int = option(
+        1, "initial weights, order and augmentation of the images, dropout and noise", least=0, below=SEEDS
+    )
     data: VisionDataConfig = option(factory=VisionDataConfig, help="the images")
     model: dict[str, Any] = option(factory=dict, help="kind, and that kind's own settings, listed below")
     init: VisionInitConfig = option(factory=VisionInitConfig, help="where a new run's weights come from")
@@ -202,13 +218,26 @@ class VisionRunConfig(Run):
 
     def __post_init__(self) -> None:
         self.check_name()
-        require(self.seed >= 0, "seed", "must not be negative", self.seed)
         self.model = resolve_model(self.model)
+        unit_pixels = VISION_KINDS[self.model["kind"]].model.unit_pixels
+        self.data = dataclasses.replace(self.data, normalise=self.data.normalise is not False and not unit_pixels)
 
     def open_images(self) -> ImageSet:
         """The images, without their normalisation where the model needs pixels in [0, 1]."""
-        images = self.data.open()
-        return images.normalised(0.0, 1.0) if VISION_KINDS[self.model["kind"]].model.unit_pixels else images
+        return self.data.open()
+
+    def described(self) -> Settings:
+        """The settings with the fields of the model's kind, and the options of its router."""
+        kind, section = self.model["kind"], dataclass_section(type(self))
+        model, values = kind_section(kind), to_dict(self)
+        fields = {name: known.default for name, known in model.keys.items() if isinstance(known, Key)} | self.model
+        facts = {"SMoE layers": "moe" in model.keys and fields["placement"] != "none"}
+        if "moe" in model.keys:
+            moe = resolve_moe(deep_merge({"method": "vmoe", "num_experts": 8}, fields["moe"] or {}))
+            model, fields["moe"] = with_router(model, moe.router["name"]), dataclasses.asdict(moe)
+        values["model"] = fields
+        model = dataclasses.replace(model, keys={"kind": Key(str, MISSING), **model.keys})
+        return Settings(dataclasses.replace(section, keys={**section.keys, "model": model}), values, facts)
 
     def for_images(self, images: int) -> VisionRunConfig:
         """The settings of a run on so many training images: with the number of steps that its epochs take.
@@ -225,6 +254,7 @@ class VisionRunConfig(Run):
             f"must not exceed the run's {steps} steps",
             self.schedule.warmup_steps,
         )
+        self.profile.check(steps)
         return dataclasses.replace(
             self,
             training=dataclasses.replace(training, steps=steps),
@@ -249,11 +279,15 @@ class VisionRunConfig(Run):
         return config
 
     def resolved_model(self, config: VisionConfig) -> dict[str, Any]:
-        """`model:` with what its configuration made of the fields that were null."""
-        return {name: value if name == "kind" else getattr(config, name) for name, value in self.model.items()}
+        """`model:` with every field of its kind, and what the configuration made of those that were null."""
+        kind = self.model["kind"]
+        return {"kind": kind, **{name: getattr(config, name) for name in kind_section(kind).keys}}
 
-    def _check_experts(self, config: VisionConfig) -> None:
+    def _check_experts(self, config: Any) -> None:
         moe, training = getattr(config, "moe", None), self.training
+        recomputed = VISION_KINDS[self.model["kind"]].model.supports_gradient_checkpointing
+        rule = f"model.kind={self.model['kind']} does not recompute activations: leave it false"
+        require(recomputed or not training.activation_checkpointing, "training.activation_checkpointing", rule, True)
         if moe is None:
             kind = self.model["kind"]
             rule = f"must be 1: model.kind={kind} has no SMoE layers whose experts could be dealt out"
@@ -265,6 +299,10 @@ class VisionRunConfig(Run):
                 training.freeze == "none", "training.freeze", rule, training.freeze, "see model.frozen of a mixture"
             )
             return
+        if config.placement == "none":
+            rule = "model.placement=none has no SMoE layers: leave it"
+            require(training.expert_parallel == 1, "training.expert_parallel", f"{rule} 1", training.expert_parallel)
+            require(training.freeze == "none", "training.freeze", f"{rule} none", training.freeze)
         require(
             moe["num_experts"] % training.expert_parallel == 0,
             "training.expert_parallel",
@@ -274,7 +312,7 @@ class VisionRunConfig(Run):
 
 
 def resolve_model(given: dict[str, Any]) -> dict[str, Any]:
-    """`model:` with every field of its kind.
+    """`model:` with its kind, and the given fields checked.
 
     Raises:
         ConfigError: there is no such kind, or it has no such field.
@@ -307,7 +345,7 @@ def kind_section(kind: str) -> Section:
         elif item.name == "moe":
             keys[item.name] = open_section(MoEConfig, dict, help)
         else:
-            keys[item.name] = Key(hint, default_of(item), help)
+            keys[item.name] = Key.of(item, hint, help)
     return Section(keys, dict, VISION_KINDS[kind].summary)
 
 

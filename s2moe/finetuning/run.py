@@ -82,6 +82,10 @@ def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
         weights = find_weights(Path(config.model.checkpoint))
         tokenizer = tokenizer_of(weights)
         before = changed_config(weights, {})
+        moe = before.moe_config()
+        config.check_dense(sum(map(moe.is_sparse, range(before.num_hidden_layers))))
+        if not config.model.noise and not moe.stochastic.enabled and processes.is_main:
+            print("warning: without effect in this run: model.noise (the model has no noisy copies)", flush=True)
         if config.data.input_length > before.max_position_embeddings:
             raise ConfigError(
                 f"data.input_length: {weights.description} was pre-trained on at most {before.max_position_embeddings} "

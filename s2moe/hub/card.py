@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 import s2moe
+from s2moe.config.plain_yaml import read_yaml
 from s2moe.data.corpus import METADATA_FILE
 from s2moe.hub.provenance import (
     CARD_FILE,
@@ -215,7 +216,7 @@ def _read_run(run_directory: Path | None) -> dict[str, Any]:
     path = run_directory / "config.yaml" if run_directory is not None else None
     if path is None or not path.is_file():
         return {}
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return read_yaml(path) or {}
 
 
 def _settings(run: dict[str, Any]) -> list[str]:

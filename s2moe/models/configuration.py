@@ -7,11 +7,22 @@ from typing import Any, NamedTuple, get_args
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
 from s2moe.moe.routers import ROUTERS, Router
-from s2moe.options import option
+from s2moe.options import LARGEST, Limits, check_fields, nearest, option
+
+ROPE_KEYS: dict[str, tuple[str, str]] = {  # by rope_type: keys that must be given, and that may be, beside rope_theta
+    "default": ("", ""),
+    "linear": ("factor", ""),
+    "dynamic": ("factor", ""),
+    "yarn": (
+        "factor original_max_position_embeddings",
+        "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate",
+    ),
+    "longrope": ("short_factor long_factor original_max_position_embeddings", "attention_factor factor"),
+    "llama3": ("factor original_max_position_embeddings low_freq_factor high_freq_factor", ""),
+}
 
 
 class AttentionShape(NamedTuple):
@@ -33,20 +44,26 @@ class S2MoEConfig(PreTrainedConfig):
     model_type = "s2moe"
     keys_to_ignore_at_inference = ["past_key_values", "routing", "task_loss", "aux_loss"]
 
-    vocab_size: int = option(256, "symbols of the vocabulary; set by the corpus in pre-training")
-    hidden_size: int = option(256, "width of the model")
-    num_hidden_layers: int = option(4, "Transformer blocks")
-    num_attention_heads: int = option(8, "query heads")
-    num_key_value_heads: int | None = option(None, "key/value heads of grouped-query attention; null: as query heads")
-    head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads")
-    intermediate_size: int = option(1024, "hidden width of the dense layers' MLP")
-    max_position_embeddings: int = option(2048, "longest sequence")
-    rms_norm_eps: float = option(1e-6, "epsilon of RMSNorm")
+    vocab_size: int = option(256, "symbols of the vocabulary; set by the corpus in pre-training", least=1, most=2**24)
+    hidden_size: int = option(256, "width of the model", least=1, most=LARGEST)
+    num_hidden_layers: int = option(4, "Transformer blocks", least=1, most=10_000)
+    num_attention_heads: int = option(8, "query heads", least=1, most=LARGEST)
+    num_key_value_heads: int | None = option(
+        None, "key/value heads of grouped-query attention; null: as query heads", least=1, most=LARGEST
+    )
+    head_dim: int | None = option(
+        None, "width of a head; null: hidden_size / num_attention_heads", least=1, most=LARGEST
+    )
+    intermediate_size: int = option(
+        1024, "hidden width of the dense layers' MLP", least=1, most=LARGEST, needs="dense layers"
+    )
+    max_position_embeddings: int = option(2048, "longest sequence", least=1, most=2**30)
+    rms_norm_eps: float = option(1e-6, "epsilon of RMSNorm", above=0, below=1)
     rope_parameters: dict | None = option(None, "rotary embedding; null: theta 10000 without scaling")
-    attention_dropout: float = option(0.0, "dropout of attention probabilities")
-    hidden_dropout: float = option(0.0, "dropout of each residual branch")
+    attention_dropout: float = option(0.0, "dropout of attention probabilities", least=0, below=1)
+    hidden_dropout: float = option(0.0, "dropout of each residual branch", least=0, below=1)
     tie_word_embeddings: bool = option(False, "share input and output embedding")
-    initializer_range: float = option(0.02, "standard deviation of the initial weights")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights", least=0)
     use_cache: bool = option(True, "keep keys and values in generation")
     pad_token_id: int | None = option(None, "id of padding, where the tokenizer has one")
     bos_token_id: int | None = option(None, "id that begins a text, where the tokenizer has one")
@@ -85,10 +102,8 @@ class S2MoEConfig(PreTrainedConfig):
         if refusal:
             raise ValueError(f"moe.router.name={moe.router['name']} in a causal language model: {refusal}")
         self.moe = asdict(moe)
+        check_rope(self.rope_parameters or {})
         super().__post_init__(**kwargs)
-        rope_type, known = (self.rope_parameters or {})["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
-        if rope_type not in known:
-            raise ValueError(f"rope_parameters: unknown rope_type {rope_type!r}; known: {', '.join(known)}")
 
     def _complete(self, moe: MoEConfig) -> None:
         """Fill in what a router has to know of the model, where its options have a field for it and leave it null."""
@@ -118,17 +133,7 @@ class S2MoEConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected {names}, got {value!r}")
 
     def _check_ranges(self) -> None:
-        positive = (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-            "intermediate_size max_position_embeddings"
-        )
-        for name in positive.split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
-        for name in ("attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: must lie in [0, 1), got {getattr(self, name)}")
+        check_fields(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -146,6 +151,24 @@ class S2MoEConfig(PreTrainedConfig):
         """The typed options of the SMoE layers."""
         assert self.moe is not None  # set in __post_init__
         return typed_moe(self.moe)
+
+
+def check_rope(rope: dict[str, Any]) -> None:
+    """Raise ValueError unless these are a rotary embedding's parameters: transformers would ignore an unknown key."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"rope_parameters: unknown rope_type {kind!r}; known: {', '.join(ROPE_KEYS)}")
+    required, optional = (names.split() for names in ROPE_KEYS[kind])
+    missing = [name for name in required if name not in rope]
+    if missing:
+        raise ValueError(f"rope_parameters: rope_type={kind} needs {', '.join(missing)}")
+    known = ("rope_type", "type", "rope_theta", *required, *optional)
+    for name, value in rope.items():
+        whole = name == "partial_rotary_factor" and value == 1.0  # as other models' configurations say it
+        if name not in known and not whole:
+            raise ValueError(f"rope_parameters: rope_type={kind} has no key {name!r}{nearest(name, known)}")
+        if name in ("rope_theta", "factor") and Limits(above=0).broken_rule(value):
+            raise ValueError(f"rope_parameters: {name} {Limits(above=0).broken_rule(value)}, got {value!r}")
 
 
 def require_model_type(cls: type[PreTrainedConfig], values: dict[str, Any]) -> None:

@@ -12,22 +12,23 @@ from torch import Tensor
 
 from s2moe.moe.routing import RoutingContext
 from s2moe.objectives.balance import mean_probability, switch_balance_loss, z_loss
-from s2moe.options import option
+from s2moe.options import Checked, option
 from s2moe.parallel.expert_parallel import all_reduce_sum
 
 
 @dataclass(kw_only=True)
-class BalanceOptions:
+class BalanceOptions(Checked):
     """Options of routers that are balanced by Switch's loss; a router's own options subclass them."""
 
-    balance_loss: float = option(0.01, "coefficient of the balance loss; 0 switches it off")
+    balance_loss: float = option(0.01, "coefficient of the balance loss; 0 switches it off", least=0)
     balance_scope: str = option(
         "global",
         "over which tokens f is counted: global: the micro-batches of all ranks (local statistics over-regularise); "
         "local: this rank's micro-batch. Accumulated micro-batches are balanced one by one either way",
         choices=("global", "local"),
+        needs="balance_loss",
     )
-    z_loss: float = option(0.0, "coefficient of mean logsumexp(logits)^2 (ST-MoE: 1e-3)")
+    z_loss: float = option(0.0, "coefficient of mean logsumexp(logits)^2 (ST-MoE: 1e-3)", least=0)
 
 
 def balance_terms(

@@ -12,14 +12,14 @@ from s2moe.moe.methods import METHODS
 from s2moe.moe.momentum import MomentumOptions
 from s2moe.moe.regularisers import RegulariserOptions
 from s2moe.moe.routers import ROUTERS
-from s2moe.options import deep_merge, nearest, option
+from s2moe.options import LARGEST, Checked, deep_merge, nearest, option
 
 
 @dataclass(kw_only=True)
-class StochasticOptions:
+class StochasticOptions(Checked):
     """S2MoE (Do et al. 2025): learning from a noisy copy of every token. See moe/stochastic.py."""
 
-    enabled: bool = option(False, "learn from a noisy copy of every token as well (S2MoE)")
+    enabled: bool = option(False, "learn from a noisy copy of every token as well (S2MoE)", needs="SMoE layers")
     statistics: str = option(
         "token_batch",
         "over what mean and deviation of the noise are taken: token_batch: per feature over this rank's micro-batch; "
@@ -32,14 +32,20 @@ class StochasticOptions:
         "outputs",
         "operands of InfoNCE: outputs: what the experts made of clean and noisy token; inputs: the tokens themselves",
         choices=("outputs", "inputs"),
+        needs="contrast_loss",
     )
-    contrast_loss: float = option(0.05, "coefficient of InfoNCE; 0 switches it off")
-    temperature: float = option(0.1, "temperature of InfoNCE")
+    contrast_loss: float = option(0.05, "coefficient of InfoNCE; 0 switches it off", least=0)
+    temperature: float = option(0.1, "temperature of InfoNCE", above=0, needs="contrast_loss")
     samples: int = option(
-        256, "tokens of each rank that InfoNCE compares, drawn anew each step; its cost grows with the square"
+        256,
+        "tokens of each rank that InfoNCE compares, drawn anew each step; its cost grows with the square",
+        least=2,
+        needs="contrast_loss",
     )
-    symmetric: bool = option(False, "average InfoNCE over both directions")
-    gather_negatives: bool = option(False, "compare with the samples of all ranks, with gradient")
+    symmetric: bool = option(False, "average InfoNCE over both directions", needs="contrast_loss")
+    gather_negatives: bool = option(
+        False, "compare with the samples of all ranks, with gradient", needs="contrast_loss"
+    )
     inference: str = option(
         "clean",
         "clean: the sparse mixture of the clean token alone; gated: that times the gate, the output of some "
@@ -47,22 +53,18 @@ class StochasticOptions:
         choices=("clean", "gated"),
     )
 
-    def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError("temperature must be positive")
-        if self.samples < 2:
-            raise ValueError("samples must be at least 2: InfoNCE needs a negative")
-
 
 @dataclass(kw_only=True)
-class CompetitionOptions:
+class CompetitionOptions(Checked):
     """CompeteSMoE (Nguyen et al. 2025): on some steps all experts compete for each token. See moe/competition.py."""
 
-    enabled: bool = option(False, "hold competitions, from which the router learns (CompeteSMoE)")
-    rate: float = option(0.07, "probability that a layer holds a competition in a training step")
-    warm_up: float = option(0.0, "fraction of the training steps before the first competition")
-    schedule_steps: int | None = option(None, "training steps that warm_up is a fraction of; null: all of the run")
-    max_layers: int = option(3, "at most so many layers hold a competition in one step")
+    enabled: bool = option(False, "hold competitions, from which the router learns (CompeteSMoE)", needs="SMoE layers")
+    rate: float = option(0.07, "probability that a layer holds a competition in a training step", least=0, most=1)
+    warm_up: float = option(0.0, "fraction of the training steps before the first competition", least=0, below=1)
+    schedule_steps: int | None = option(
+        None, "training steps that warm_up is a fraction of; null: all of the run", least=1, needs="warm_up"
+    )
+    max_layers: int = option(3, "at most so many layers hold a competition in one step", least=1)
     combine: str = option(
         "normalised",
         "a winner's weight: normalised: its affinity over the sum of the winners' (at k=1 always 1; the scale of a "
@@ -71,19 +73,18 @@ class CompetitionOptions:
         choices=("normalised", "softmax"),
     )
     distillation_loss: float = option(
-        0.001, "coefficient of the router's squared distance from the softmax of the affinities"
+        0.001, "coefficient of the router's squared distance from the softmax of the affinities", least=0
     )
-    theta: float = option(0.2, "share of the winners' own squared distance, beside that over all experts")
-    diversity_loss: float = option(0.005, "coefficient of the mean cosine between the winners' outputs")
-    affinity_balance_loss: float = option(0.005, "coefficient of the balance loss on the softmax of the affinities")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate is a probability: it must lie in 0..1, got {self.rate}")
-        if not 0 <= self.warm_up < 1:
-            raise ValueError(f"warm_up is a fraction of the run: it must lie in [0, 1), got {self.warm_up}")
-        if self.max_layers < 1:
-            raise ValueError("max_layers must be at least 1; rate=0 or enabled=false holds no competitions")
+    theta: float = option(
+        0.2,
+        "share of the winners' own squared distance, beside that over all experts",
+        least=0,
+        needs="distillation_loss",
+    )
+    diversity_loss: float = option(0.005, "coefficient of the mean cosine between the winners' outputs", least=0)
+    affinity_balance_loss: float = option(
+        0.005, "coefficient of the balance loss on the softmax of the affinities", least=0
+    )
 
     def layers_per_step(self, sparse: int) -> float:
         """How many of ``sparse`` layers hold a competition in a training step, on average over the run."""
@@ -94,42 +95,56 @@ class CompetitionOptions:
 
 
 @dataclass(kw_only=True)
-class MoEConfig:
+class MoEConfig(Checked):
     """The SMoE layers of a model."""
 
     method: str = option("s2moe", "a published method: sets defaults below", choices=tuple(METHODS))
-    num_experts: int = option(16, "experts of a layer")
-    experts_per_token: int = option(2, "k: experts of a token")
-    expert_hidden: int = option(512, "hidden width of an expert")
+    num_experts: int = option(16, "experts of a layer", least=1, most=LARGEST, needs="SMoE layers")
+    experts_per_token: int = option(2, "k: experts of a token", least=1, needs="SMoE layers")
+    expert_hidden: int = option(512, "hidden width of an expert", least=1, most=LARGEST, needs="SMoE layers")
     expert_form: str = option(
         "gated",
         "gated: W2(act(W1 x) * W3 x); mlp: W2 act(W1 x + b); mlp_biases: W2 act(W1 x + b1) + b2",
         choices=FORMS,
+        needs="SMoE layers",
     )
-    activation: str = option("silu", "activation of the experts", choices=ACTIVATIONS)
-    expert_dropout: float = option(0.0, "dropout of an expert's activation and output, in training")
-    shared_start: bool = option(False, "all experts of a layer start with the same weights (V-MoE)")
-    shared_experts: int = option(0, "experts every token sees besides its own, as one MLP of so many times the width")
-    every: int = option(1, "every n-th layer is an SMoE layer, the others are dense")
-    first_dense: int = option(0, "so many first layers are dense")
-    router: dict[str, Any] = option(factory=dict, help="the router's name, and its options")
-    stochastic: StochasticOptions = option(factory=StochasticOptions, help="S2MoE's noisy second path")
-    competition: CompetitionOptions = option(factory=CompetitionOptions, help="CompeteSMoE's competitions of experts")
+    activation: str = option("silu", "activation of the experts", choices=ACTIVATIONS, needs="SMoE layers")
+    expert_dropout: float = option(
+        0.0, "dropout of an expert's activation and output, in training", least=0, below=1, needs="SMoE layers"
+    )
+    shared_start: bool = option(
+        False, "all experts of a layer start with the same weights (V-MoE)", needs="SMoE layers"
+    )
+    shared_experts: int = option(
+        0,
+        "experts every token sees besides its own, as one MLP of so many times the width",
+        least=0,
+        needs="SMoE layers",
+    )
+    every: int = option(1, "every n-th layer is an SMoE layer, the others are dense", least=1)
+    first_dense: int = option(0, "so many first layers are dense", least=0)
+    router: dict[str, Any] = option(factory=dict, help="the router's name, and its options", needs="SMoE layers")
+    stochastic: StochasticOptions = option(
+        factory=StochasticOptions, help="S2MoE's noisy second path", needs="stochastic.enabled"
+    )
+    competition: CompetitionOptions = option(
+        factory=CompetitionOptions, help="CompeteSMoE's competitions of experts", needs="competition.enabled"
+    )
     regularisers: RegulariserOptions = option(
         factory=RegulariserOptions, help="objectives on hidden states, router and experts"
     )
-    momentum: MomentumOptions = option(factory=MomentumOptions, help="MomentumSMoE's velocity from layer to layer")
+    momentum: MomentumOptions = option(
+        factory=MomentumOptions,
+        help="MomentumSMoE's velocity from layer to layer",
+        needs="momentum.kind!=none or momentum.legacy_double_residual",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token must lie in 1..num_experts ({self.num_experts}), got {self.experts_per_token}"
             )
-        for name, least in (("expert_hidden", 1), ("every", 1), ("shared_experts", 0), ("first_dense", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.expert_dropout < 1:
-            raise ValueError(f"expert_dropout must lie in [0, 1), got {self.expert_dropout}")
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer ``layer`` (from 0) is an SMoE layer: every n-th after the first dense ones."""

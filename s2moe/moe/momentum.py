@@ -50,14 +50,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2moe.options import option
+from s2moe.options import Checked, option
 from s2moe.precision import full_precision
 
 KINDS = ("none", "heavy_ball", "nag", "adam", "rms", "robust", "negative")
 
 
 @dataclass(kw_only=True)
-class MomentumOptions:
+class MomentumOptions(Checked):
     """MomentumSMoE (Teo & Nguyen 2024): a velocity carried from each SMoE layer to the next. See moe/momentum.py."""
 
     kind: str = option(
@@ -67,51 +67,62 @@ class MomentumOptions:
         "from rho, condition and smoothness; negative: heavy_ball with -mu; adam: running mean over root of running "
         "square; rms: u over root of running square",
         choices=KINDS,
+        needs="SMoE layers",
     )
-    mu: float = option(0.7, "momentum of heavy_ball, nag, negative, and of adam's later layers")
-    gamma: float = option(1.0, "step along the velocity, likewise")
-    gamma_adaptive: float = option(1.0, "step of adam and rms")
-    beta1: float = option(0.9, "adam: decay of the running mean")
-    beta2: float = option(0.999, "adam, rms: decay of the running square")
-    epsilon: float = option(1e-8, "adam, rms: added to the square under the root")
+    mu: float = option(
+        0.7,
+        "momentum of heavy_ball, nag, negative, and of adam's later layers",
+        least=0,
+        below=1,
+        needs="kind=heavy_ball|nag|negative|adam",
+    )
+    gamma: float = option(1.0, "step along the velocity, likewise", above=0, needs="kind=heavy_ball|nag|negative|adam")
+    gamma_adaptive: float = option(1.0, "step of adam and rms", above=0, needs="kind=adam|rms")
+    beta1: float = option(0.9, "adam: decay of the running mean", least=0, below=1, needs="kind=adam")
+    beta2: float = option(0.999, "adam, rms: decay of the running square", least=0, below=1, needs="kind=adam|rms")
+    epsilon: float = option(1e-8, "adam, rms: added to the square under the root", above=0, needs="kind=adam|rms")
     bias_correction: bool | None = option(
         None,
         "adam, rms: divide mean and square by 1 - beta^n in the n-th SMoE layer. null: only rms, whose first step "
         "would be 1/sqrt(1 - beta2) = 32 times too long; the released AdamSMoE does not",
+        needs="kind=adam|rms",
     )
     adam_layers: str = option(
         "first",
         "adam: the SMoE layers that take its step. first: the first alone, then heavy_ball (the released code); all",
         choices=("first", "all"),
+        needs="kind=adam",
     )
-    decay: float = option(0.0, "adam, rms: also subtract so many times x; 1 cancels a residual")
-    rho: float = option(0.8, "robust: convergence rate, in [1 - 1/sqrt(condition), 1 - 1/condition]; larger: steadier")
-    condition: float = option(10.0, "robust: kappa = L/m, above 1")
-    smoothness: float = option(1.0, "robust: L; gamma is proportional to 1/L")
+    decay: float = option(
+        0.0, "adam, rms: also subtract so many times x; 1 cancels a residual", least=0, needs="kind=adam|rms"
+    )
+    rho: float = option(
+        0.8,
+        "robust: convergence rate, in [1 - 1/sqrt(condition), 1 - 1/condition]; larger: steadier",
+        above=0,
+        below=1,
+        needs="kind=robust",
+    )
+    condition: float = option(10.0, "robust: kappa = L/m, above 1", above=1, needs="kind=robust")
+    smoothness: float = option(1.0, "robust: L; gamma is proportional to 1/L", above=0, needs="kind=robust")
     sign: str = option(
         "add",
         "add: x + step; subtract: x - step, as the released code has it, for its weights",
         choices=("add", "subtract"),
+        needs="kind!=none",
     )
     legacy_double_residual: bool = option(
         False,
         "x + norm(x + step) in place of x + step, for any kind: the nearest to the released code, whose SMoE module "
         "has a residual and a norm inside the block's own residual",
+        needs="SMoE layers",
     )
 
     def __post_init__(self) -> None:
-        for name in ("mu", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                hint = "; for a negative momentum set kind=negative" if name == "mu" else ""
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}{hint}")
-        for name in ("gamma", "gamma_adaptive", "epsilon", "smoothness"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.decay < 0:
-            raise ValueError(f"decay must not be negative, got {self.decay}")
+        if self.mu < 0:
+            raise ValueError(f"mu must lie in [0, 1), got {self.mu}; for a negative momentum set kind=negative")
+        super().__post_init__()
         if self.kind == "robust":
-            if not self.condition > 1:
-                raise ValueError(f"condition must be above 1, got {self.condition}")
             least, most = 1 - self.condition**-0.5, 1 - 1 / self.condition
             if not least <= self.rho <= most:
                 raise ValueError(

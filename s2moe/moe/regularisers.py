@@ -24,74 +24,104 @@ from s2moe.moe.sampling import sample_tokens
 from s2moe.moe.simsmoe import pair_similarity_loss
 from s2moe.objectives import sample_similarity, snnl
 from s2moe.objectives.balance import importance_loss
-from s2moe.options import option
+from s2moe.options import Checked, option
 from s2moe.precision import full_precision
 
 
 @dataclass(kw_only=True)
-class RegulariserOptions:
+class RegulariserOptions(Checked):
     """Auxiliary objectives on hidden states, router and experts; those whose coefficient is not zero are on."""
 
-    samples: int = option(256, "tokens of each rank that snnl and similarity compare, drawn anew each step")
+    samples: int = option(
+        256,
+        "tokens of each rank that snnl and similarity compare, drawn anew each step",
+        least=2,
+        needs="snnl_loss or similarity_loss or similarity_different",
+    )
     snnl_loss: float = option(
-        0.0, "coefficient of the soft nearest neighbour loss; positive pulls classes together, negative entangles them"
+        0.0,
+        "coefficient of the soft nearest neighbour loss; positive pulls classes together, negative entangles them",
+        needs="SMoE layers",
     )
     snnl_classes: str = option(
         "next_token",
         "classes of the hidden states. next_token: the symbol to be predicted; expert: the router's first choice",
         choices=("next_token", "expert"),
+        needs="snnl_loss",
     )
     snnl_distance: str = option(
-        "cosine", "cosine: 1 - cos (Agarap); squared_euclidean (Frosst)", choices=snnl.DISTANCES
+        "cosine", "cosine: 1 - cos (Agarap); squared_euclidean (Frosst)", choices=snnl.DISTANCES, needs="snnl_loss"
     )
-    snnl_form: str = option("exact", "exact, or the public code's with an epsilon of 1e-5", choices=("exact", "eps"))
+    snnl_form: str = option(
+        "exact", "exact, or the public code's with an epsilon of 1e-5", choices=("exact", "eps"), needs="snnl_loss"
+    )
     snnl_schedule: str = option(
         "annealed",
         "temperature. fixed: snnl_temperature; annealed: 1 / (1 + i)^0.55, i growing by 1 in snnl_anneal_steps steps; "
         "learned: a parameter that starts at snnl_temperature; optimised: from snnl_temperature, snnl_search_steps "
         "gradient steps towards the lowest loss in each pass",
         choices=("fixed", "annealed", "learned", "optimised"),
+        needs="snnl_loss",
     )
-    snnl_temperature: float = option(1.0, "temperature of fixed; where learned and optimised begin")
-    snnl_anneal_steps: int = option(1000, "training steps that stand for one epoch of the annealed temperature")
-    snnl_search_steps: int = option(5, "gradient steps of the optimised temperature")
-    similarity_loss: float = option(0.0, "beta_s: coefficient of distance x probability of the same expert")
+    snnl_temperature: float = option(
+        1.0, "temperature of fixed; where learned and optimised begin", above=0, needs="snnl_schedule!=annealed"
+    )
+    snnl_anneal_steps: int = option(
+        1000,
+        "training steps that stand for one epoch of the annealed temperature",
+        least=1,
+        needs="snnl_schedule=annealed",
+    )
+    snnl_search_steps: int = option(
+        5, "gradient steps of the optimised temperature", least=0, needs="snnl_schedule=optimised"
+    )
+    similarity_loss: float = option(
+        0.0, "beta_s: coefficient of distance x probability of the same expert", least=0, needs="SMoE layers"
+    )
     similarity_different: float = option(
-        0.0, "beta_d: coefficient of minus distance x probability of different experts"
+        0.0, "beta_d: coefficient of minus distance x probability of different experts", least=0, needs="SMoE layers"
     )
     similarity_reduction: str = option(
         "pair_mean",
         "pair_mean: means over pairs; repo_sum: the authors' code, which grows with the square of samples",
         choices=sample_similarity.REDUCTIONS,
+        needs="similarity_loss or similarity_different",
     )
-    similarity_distance: str = option("euclidean", "of hidden states", choices=sample_similarity.DISTANCES)
+    similarity_distance: str = option(
+        "euclidean",
+        "of hidden states",
+        choices=sample_similarity.DISTANCES,
+        needs="similarity_loss or similarity_different",
+    )
     similarity_scale: str = option(
         "batch_max",
         "batch_max: distances over the largest of the sample; none: as they are",
         choices=sample_similarity.SCALES,
+        needs="similarity_loss or similarity_different",
     )
     gate_importance_loss: float = option(
-        0.0, "coefficient of CV^2 of each expert's summed probability (Krishnamurthy et al.; unbiased variance)"
+        0.0,
+        "coefficient of CV^2 of each expert's summed probability (Krishnamurthy et al.; unbiased variance)",
+        least=0,
+        needs="SMoE layers",
     )
     cka_loss: float = option(
-        0.0, "coefficient of SimSMoE's similarity of experts that share tokens (flat between 0.005 and 0.2)"
+        0.0,
+        "coefficient of SimSMoE's similarity of experts that share tokens (flat between 0.005 and 0.2)",
+        least=0,
+        needs="SMoE layers",
     )
-    cka_sigma: float = option(0.8, "width of its RBF kernel, as a multiple of the median distance")
-    cka_threshold: float = option(0.5, "T*: pairs below this CKA differ enough")
-    cka_shared: int = option(4, "f*: pairs that share no more tokens than this are left alone")
-    cka_pairs: int = option(16, "at most so many pairs of experts are compared, those that share most")
-    cka_samples: int = option(64, "at most so many shared tokens of each pair")
-
-    def __post_init__(self) -> None:
-        for name in ("snnl_temperature", "cka_sigma"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, least in (("samples", 2), ("snnl_anneal_steps", 1), ("snnl_search_steps", 0), ("cka_shared", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, least in (("cka_pairs", 1), ("cka_samples", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+    cka_sigma: float = option(
+        0.8, "width of its RBF kernel, as a multiple of the median distance", above=0, needs="cka_loss"
+    )
+    cka_threshold: float = option(0.5, "T*: pairs below this CKA differ enough", needs="cka_loss")
+    cka_shared: int = option(
+        4, "f*: pairs that share no more tokens than this are left alone", least=0, needs="cka_loss"
+    )
+    cka_pairs: int = option(
+        16, "at most so many pairs of experts are compared, those that share most", least=1, needs="cka_loss"
+    )
+    cka_samples: int = option(64, "at most so many shared tokens of each pair", least=2, needs="cka_loss")
 
 
 COEFFICIENTS = ("snnl_loss", "similarity_loss", "similarity_different", "gate_importance_loss", "cka_loss")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s2moe.options import option
+from s2moe.options import Checked, option
 
 
 @dataclass(kw_only=True)
-class ShareOptions:
+class ShareOptions(Checked):
     """Options of routers whose weights may be made to sum to 1; a router's own options subclass them."""
 
     combine: str = option(

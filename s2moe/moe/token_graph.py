@@ -53,11 +53,8 @@ class GraphOptions(BalanceOptions):
         256,
         "rows of A computed at once. Where a sequence is longer, each chunk is computed again in the backward pass "
         "instead of being kept: memory linear in the sequence, for a second forward of the mixing. null: all at once",
+        least=1,
     )
-
-    def __post_init__(self) -> None:
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, or null for all rows at once, got {self.chunk}")
 
 
 def renormalises(options: GraphOptions, experts_per_token: int) -> bool:

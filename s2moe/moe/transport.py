@@ -27,21 +27,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from s2moe.moe.routing import RoutingContext
-from s2moe.options import option
+from s2moe.options import Checked, option
 from s2moe.parallel.expert_parallel import all_reduce_sum
 
 CHECK_EVERY = 10  # iterations between two looks at the residual, each of which waits for the device
 
 
 @dataclass(kw_only=True)
-class TransportOptions:
+class TransportOptions(Checked):
     """Options of routers that solve for a balanced plan; a router's own options subclass them."""
 
-    iterations: int = option(20, "Sinkhorn iterations; at most so many where there is a tolerance")
+    iterations: int = option(20, "Sinkhorn iterations; at most so many where there is a tolerance", least=1, most=10**6)
     tolerance: float | None = option(
         None,
         "stop as soon as every expert's share of the plan is 1/E up to this relative error; looked at every "
         f"{CHECK_EVERY} iterations, since the host has to wait for the device. null: all iterations, without waiting",
+        above=0,
     )
     marginals: str = option(
         "local",
@@ -49,12 +50,6 @@ class TransportOptions:
         "ranks, at two small all-reduces an iteration",
         choices=("local", "global"),
     )
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
-        if self.tolerance is not None and self.tolerance <= 0:
-            raise ValueError("tolerance must be positive, or null for a fixed number of iterations")
 
     def group(self, context: RoutingContext) -> ProcessGroup | None:
         """The ranks whose tokens share the marginals; None for this rank alone."""

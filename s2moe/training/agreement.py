@@ -16,7 +16,8 @@ from .processes import Processes
 from .ranks import from_first, gather
 
 NAMED = 5  # differences, or processes, that a message names at most
-UNTOUCHED = ("logging.", "checkpoint.", "profile.")  # settings that what is trained does not depend on
+# Settings that what is trained does not depend on, where it goes on.
+UNTOUCHED = ("logging.", "checkpoint.", "profile.", "init.")
 ALIKE = ("world_size", "corpus", "tokenizer", "versions", "config")  # of the state, on all processes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,10 +19,16 @@ from .processes import Processes
 from .quiet import no_prints
 
 if TYPE_CHECKING:
-    from s2moe.config.vision import VisionOptimizerConfig, VisionRunConfig
+    from s2moe.config.vision import VisionRunConfig
 
     from .initial import InitialWeights
 
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Any], torch.optim.Optimizer]] = {  # by `optimizer.name`
+    "adam": lambda groups, of: torch.optim.Adam(groups, lr=of.lr, betas=of.betas, eps=of.eps, fused=True),
+    "adamw": lambda groups, of: torch.optim.AdamW(groups, lr=of.lr, betas=of.betas, eps=of.eps, fused=True),
+    "sgd": lambda groups, of: torch.optim.SGD(groups, lr=of.lr, momentum=of.momentum, fused=True),
+    "rmsprop": lambda groups, of: torch.optim.RMSprop(groups, lr=of.lr, momentum=of.momentum, eps=of.eps),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,20 +71,11 @@ def start_engine(model: nn.Module, config: RunConfig | VisionRunConfig, processe
     return engine
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerConfig | VisionOptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of all that is trained."""
-    decay, lr = settings.weight_decay, settings.lr
-    if isinstance(settings, OptimizerConfig):
-        groups = deepspeed_compat.optimizer_groups(model, decay)
-        return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
-    groups = deepspeed_compat.optimizer_groups(model, decay, decay_all=settings.decayed == "all")
-    if settings.name == "adam":
-        return torch.optim.Adam(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
-    if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=True)
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, fused=True)
-    return torch.optim.RMSprop(groups, lr=lr, momentum=settings.momentum, eps=settings.eps)
+    decay_all = settings.decayed == "all"
+    groups = deepspeed_compat.optimizer_groups(model, settings.weight_decay, decay_all=decay_all)
+    return OPTIMIZERS[settings.name](groups, settings)
 
 
 def deepspeed_config(config: RunConfig | VisionRunConfig, world_size: int) -> dict[str, Any]:

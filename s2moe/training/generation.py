@@ -76,6 +76,8 @@ def load_model_and_tokenizer(path: Path, data: Path | None) -> tuple[Any, Any]:
     if not hasattr(model.config, "moe_config"):
         raise ConfigError(f"{weights.hf} is a {type(model).__name__} without SMoE layers of this project")
     if (weights.hf / "tokenizer_config.json").is_file():
+        if data is not None:
+            raise ConfigError(f"--data: {weights.hf} has its own tokenizer: leave it out")
         return model, read_tokenizer(weights.hf)
     if data is None and not (weights.hf / TOKENIZER_FILE).is_file():
         raise ConfigError(f"{weights.hf} has no tokenizer: give the corpus it was trained on, --data")

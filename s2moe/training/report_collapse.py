@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from s2moe.config import ConfigError
+from s2moe.config.plain_yaml import read_yaml
 from s2moe.metrics.collapse import THRESHOLD
 from s2moe.metrics.consistency import inter_run_consistency
 from s2moe.metrics.fluctuation import last_fluctuation, settled
@@ -109,12 +109,8 @@ def run_directory(weights: Weights) -> Path | None:
 def training_length(run: Path | None) -> int | None:
     """`training.sequence_length` of a run, in whose windows it was probed."""
     try:
-        return (
-            None
-            if run is None
-            else int(yaml.safe_load((run / "config.yaml").read_text())["training"]["sequence_length"])
-        )
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None if run is None else int(read_yaml(run / "config.yaml")["training"]["sequence_length"])
+    except (OSError, KeyError, TypeError, ValueError):
         return None
 
 

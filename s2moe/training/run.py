@@ -109,6 +109,8 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
         log.say(f"continuing from {latest.path}, step {state.step}{changes}")
         if changed := changed_settings(latest.state.config, state.config):
             log.say(f"settings changed since that checkpoint: {changed}")
+        if state.config["init"] != latest.state.config.get("init", state.config["init"]):
+            log.say("init changes nothing here: it is for a run's first start")
 
     if initial is not None:
         log.say(initial.description)

@@ -17,6 +17,7 @@ def lr_multiplier(schedule: ScheduleConfig, step: int, steps: int, epoch: int = 
     - linear: that straight line from the end of the warm-up on;
     - constant: 1;
     - step: times `step_factor` after every `step_epochs` epochs, of which `epoch` are done.
+    A cool-down of one step or less is the last update's, at `min_lr_ratio`.
     The first three arrive at `min_lr_ratio` at the last update, `steps - 1`.
     """
     if step < schedule.warmup_steps:
@@ -30,7 +31,10 @@ def lr_multiplier(schedule: ScheduleConfig, step: int, steps: int, epoch: int = 
         start = schedule.warmup_steps
         shape: Callable[[float], float] = math.cos
     else:
-        start = max(schedule.warmup_steps, steps - round(schedule.cooldown_fraction * steps))
+        cooldown = round(schedule.cooldown_fraction * steps)
+        if kind == "constant_cooldown" and schedule.cooldown_fraction > 0 and cooldown <= 1:
+            return schedule.min_lr_ratio if step >= steps - 1 else 1.0
+        start = max(schedule.warmup_steps, steps - cooldown)
         shape = _straight
     if step < start:
         return 1.0

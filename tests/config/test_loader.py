@@ -69,7 +69,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("inner.kind=oval", "inner.kind: expected one of flat, round, got 'oval'"),
         ("inner.limits=[1]", "inner.limits: expected 2 values, got [1]"),
         ("inner.often=now", "inner.often: expected int or null, got 'now'"),
-        ("names=[1]", "names[0]: expected str, got 1"),
+        ("names=[1]", "names[0]: expected str, got 1; text that looks like something else is quoted"),
         ("inner.rat=1", "inner.rat: unknown key; did you mean inner.rate?"),
         ("iner.rate=1", "iner: unknown key; did you mean inner?"),
         ("often=1", "often: unknown key; did you mean inner.often?"),

@@ -448,8 +448,8 @@ def test_the_preset_is_the_published_one() -> None:
     [
         ({"stochastic": {"enabled": True}}, "exclude each other"),
         ({"method": "s2moe", "competition": {"enabled": True}}, "exclude each other"),
-        ({"competition": {"rate": 1.5}}, r"competition: rate is a probability"),
-        ({"competition": {"warm_up": 1.0}}, r"competition: warm_up is a fraction"),
+        ({"competition": {"rate": 1.5}}, r"competition: rate must lie in \[0, 1\]"),
+        ({"competition": {"warm_up": 1.0}}, r"competition: warm_up must lie in \[0, 1\)"),
         ({"competition": {"max_layers": 0}}, r"competition: max_layers must be at least 1"),
         ({"competition": {"combine": "softmx"}}, r"competition\.combine: must be one of normalised, softmax"),
         ({"competition": {"ratio": 0.1}}, r"competition: unknown key 'ratio'.*'rate'"),

@@ -17,16 +17,16 @@ from transformers.utils import ModelOutput
 
 from s2moe.moe.layer import SMoELayer
 from s2moe.moe.routing import LayerStatistics
-from s2moe.options import option
+from s2moe.options import LARGEST, option
 
 
 @strict
 class VisionConfig(PreTrainedConfig):
     """The images and classes that a model is made for. In a run they are the data set's."""
 
-    num_channels: int = option(1, "colour channels; set by the data set in a run")
-    image_size: int = option(28, "height and width in pixels; set by the data set in a run")
-    num_classes: int = option(10, "classes; set by the data set in a run")
+    num_channels: int = option(1, "colour channels; set by the data set in a run", least=1, most=LARGEST)
+    image_size: int = option(28, "height and width in pixels; set by the data set in a run", least=1, most=LARGEST)
+    num_classes: int = option(10, "classes; set by the data set in a run", least=1, most=LARGEST)
 
 
 @dataclass

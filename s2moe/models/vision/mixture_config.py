@@ -7,11 +7,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from s2moe.models.vision.base import VisionConfig
-from s2moe.models.vision.checks import check_at_least, check_choices
 from s2moe.models.vision.mixture_networks import ARCHITECTURES, features_after
 from s2moe.models.vision.mixture_splits import owners
 from s2moe.objectives.sample_similarity import DISTANCES, REDUCTIONS, SCALES
-from s2moe.options import option
+from s2moe.options import check_fields, option
 
 
 @strict
@@ -31,7 +30,7 @@ class MixtureConfig(VisionConfig):
         choices=tuple(ARCHITECTURES),
     )
     num_experts: int | None = option(
-        None, "experts; null: as published for the architecture; 1: a single model without a gate"
+        None, "experts; null: as published for the architecture; 1: a single model without a gate", least=1, most=10_000
     )
     form: str = option(
         "mixture",
@@ -46,25 +45,39 @@ class MixtureConfig(VisionConfig):
     query_relu: bool | None = option(
         None,
         "ReLU before the attentive gate's query; null: as in the published code, for fmnist alone",
+        needs="gate=attentive",
     )
-    importance_loss: float = option(0.0, "coefficient of the squared variation of the gate's sums (unbiased variance)")
-    sample_similarity: float = option(0.0, "beta_s of the sample similarity loss")
-    sample_dissimilarity: float = option(0.0, "beta_d of the sample similarity loss")
+    importance_loss: float = option(
+        0.0, "coefficient of the squared variation of the gate's sums (unbiased variance)", least=0
+    )
+    sample_similarity: float = option(0.0, "beta_s of the sample similarity loss", least=0)
+    sample_dissimilarity: float = option(0.0, "beta_d of the sample similarity loss", least=0)
     similarity_reduction: str = option(
-        "pair_mean", "pair_mean: mean over pairs of samples; repo_sum: as the published code", choices=REDUCTIONS
+        "pair_mean",
+        "pair_mean: mean over pairs of samples; repo_sum: as the published code",
+        choices=REDUCTIONS,
+        needs="sample_similarity or sample_dissimilarity",
     )
-    similarity_distance: str = option("euclidean", "distance of two images, flattened", choices=DISTANCES)
+    similarity_distance: str = option(
+        "euclidean",
+        "distance of two images, flattened",
+        choices=DISTANCES,
+        needs="sample_similarity or sample_dissimilarity",
+    )
     similarity_scale: str = option(
         "batch_max",
         "batch_max: distances over their largest in the batch (published CIFAR-100 runs); none (MNIST, FMNIST)",
         choices=SCALES,
+        needs="sample_similarity or sample_dissimilarity",
     )
     frozen: str = option("none", "what is not trained", choices=("none", "experts", "gate"))
     preset_split: str | None = option(
         None, "experts own classes, as in 0-7,1-9,2-4,3-8,5-6, and the label selects the expert; null: a gate does"
     )
     gate_kd: float = option(
-        0.0, "coefficient of KL(teacher's attentive gate || gate) in distillation; the published method has none"
+        0.0,
+        "coefficient of KL(teacher's attentive gate || gate) in distillation; the published method has none",
+        least=0,
     )
     inference: str = option(
         "dense",
@@ -72,21 +85,24 @@ class MixtureConfig(VisionConfig):
         "above inference_threshold compute, and the first choice",
         choices=("dense", "top1", "threshold"),
     )
-    inference_threshold: float = option(0.1, "gate value above which an expert computes, with inference=threshold")
+    inference_threshold: float = option(
+        0.1,
+        "gate value above which an expert computes, with inference=threshold",
+        least=0,
+        most=1,
+        needs="inference=threshold",
+    )
     batch_statistics: bool = option(
         False, "normalise by the batch's own statistics at test too, as the published code does; for replication"
     )
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_choices(self)
+        check_fields(self)
         architecture = ARCHITECTURES[self.architecture]
         if self.num_experts is None:
             self.num_experts = architecture.experts
         if self.query_relu is None:
             self.query_relu = architecture.query_relu
-        check_at_least(self, 1, "num_experts", "num_channels", "image_size", "num_classes")
-        check_at_least(self, 0, "importance_loss", "sample_similarity", "sample_dissimilarity", "gate_kd")
-        check_at_least(self, 0, "inference_threshold")
         for network in (architecture.expert, architecture.gate):
             features_after(network, self.image_size)  # raises where nothing would be left
         if self.num_experts == 1:

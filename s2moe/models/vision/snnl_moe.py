@@ -36,12 +36,11 @@ from torch.distributed import ProcessGroup
 
 from s2moe.metrics.selection import sample_entropy, usage_entropy
 from s2moe.models.vision.base import VisionConfig, VisionModel, VisionOutput, register_kind
-from s2moe.models.vision.checks import check_at_least, check_choices
 from s2moe.models.vision.mixture import EPSILON, prediction_of_selected
 from s2moe.models.vision.stacked import StackedConv, StackedLayer, StackedLinear, kaiming_normal, xavier_uniform
 from s2moe.moe.routing import RoutingContext
 from s2moe.objectives.snnl import DISTANCES, annealed_temperature, soft_nearest_neighbour_loss
-from s2moe.options import option
+from s2moe.options import check_fields, option
 from s2moe.precision import KeepsBuffers, full_precision
 
 LOWEST_TEMPERATURE = 1e-2  # of a learned one, which a step must not take to 0 or below
@@ -94,8 +93,8 @@ class SNNLMoEConfig(VisionConfig):
     extractor: str = option(
         "mnist", "feature extractor, by the images it is for; none: pixels", choices=tuple(EXTRACTORS)
     )
-    num_experts: int = option(5, "experts")
-    hidden: int = option(512, "hidden width of experts and gate")
+    num_experts: int = option(5, "experts", least=2, most=10_000)
+    hidden: int = option(512, "hidden width of experts and gate", least=1, most=2**20)
     mix: str = option(
         "logits", "what the gate mixes: the experts' logits or their probabilities", choices=("logits", "probabilities")
     )
@@ -104,25 +103,31 @@ class SNNLMoEConfig(VisionConfig):
         "mean",
         "over the extractor's layers; min, as the author's code has it, trains one layer a step",
         choices=("mean", "sum", "min"),
+        needs="snnl_loss",
     )
-    snnl_distance: str = option("cosine", "distance of two images' features", choices=DISTANCES)
+    snnl_distance: str = option("cosine", "distance of two images' features", choices=DISTANCES, needs="snnl_loss")
     snnl_form: str = option(
-        "exact", "exact: the formula; eps: the public code's, which saturates", choices=("exact", "eps")
+        "exact",
+        "exact: the formula; eps: the public code's, which saturates",
+        choices=("exact", "eps"),
+        needs="snnl_loss",
     )
     temperature: str = option(
         "annealed",
         "annealed: 1 / (1 + epoch)^0.55; fixed: initial_temperature; learned: from there, by a step of its own",
         choices=("annealed", "fixed", "learned"),
+        needs="snnl_loss",
     )
-    initial_temperature: float = option(50.0, "temperature that is fixed, or that learning starts from")
-    temperature_rate: float = option(0.1, "step size of a learned temperature")
+    initial_temperature: float = option(
+        50.0,
+        "temperature that is fixed, or that learning starts from",
+        least=LOWEST_TEMPERATURE,
+        needs="temperature!=annealed",
+    )
+    temperature_rate: float = option(0.1, "step size of a learned temperature", least=0, needs="temperature=learned")
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_choices(self)
-        check_at_least(self, 1, "hidden", "num_channels", "image_size", "num_classes")
-        check_at_least(self, 2, "num_experts")
-        check_at_least(self, LOWEST_TEMPERATURE, "initial_temperature")
-        check_at_least(self, 0, "temperature_rate")
+        check_fields(self)
         EXTRACTORS[self.extractor].features(self.num_channels, self.image_size)  # raises where nothing would be left
         if self.extractor == "none" and self.snnl_loss:
             raise ValueError("snnl_loss: extractor=none has no layers that it could condition: set it to 0")

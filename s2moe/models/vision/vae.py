@@ -32,12 +32,11 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from s2moe.models.vision.base import VisionConfig, VisionModel, VisionOutput, register_kind
-from s2moe.models.vision.checks import check_at_least, check_choices
 from s2moe.models.vision.stacked import StackedLayer
 from s2moe.models.vision.vae_networks import DECODERS, ENCODERS, Decoders, Encoder, Gate
 from s2moe.moe.routing import RoutingContext
 from s2moe.objectives.balance import importance_loss
-from s2moe.options import option
+from s2moe.options import check_fields, option
 from s2moe.precision import full_precision
 
 DECODINGS = ("soft", "hard", "straight_through")
@@ -53,8 +52,10 @@ class VAEConfig(VisionConfig):
 
     model_type = "s2moe_vae"
 
-    num_experts: int = option(10, "decoders; 1: a plain autoencoder. Often only half of them come to be used")
-    latent_size: int = option(32, "latent features")
+    num_experts: int = option(
+        10, "decoders; 1: a plain autoencoder. Often only half of them come to be used", least=1, most=10_000
+    )
+    latent_size: int = option(32, "latent features", least=1, most=2**20)
     encoder: str = option("medium", "size of the encoder", choices=ENCODERS)
     decoder: str = option("lite", "size of each decoder", choices=DECODERS)
     supervised: bool = option(False, "the gate learns the labels (mod num_experts), instead of balance and sharpness")
@@ -64,18 +65,30 @@ class VAEConfig(VisionConfig):
         "of soft; null: soft, and hard where supervised",
         choices=DECODINGS,
     )
-    kl_loss: float = option(0.01, "weight of the KL divergence, summed over latent features")
-    balance_loss: float = option(200.0, "weight of the variation of the mean gate, for a batch of reference_batch")
-    entropy_loss: float = option(400.0, "weight of the gate's mean entropy in nats, for a batch of reference_batch")
-    label_loss: float = option(200.0, "weight of the cross-entropy of gate and label, where supervised")
-    reference_batch: int = option(128, "images of the batch that balance_loss and entropy_loss are meant for")
+    kl_loss: float = option(0.01, "weight of the KL divergence, summed over latent features", least=0)
+    balance_loss: float = option(
+        200.0,
+        "weight of the variation of the mean gate, for a batch of reference_batch",
+        least=0,
+        needs="not supervised",
+    )
+    entropy_loss: float = option(
+        400.0,
+        "weight of the gate's mean entropy in nats, for a batch of reference_batch",
+        least=0,
+        needs="not supervised",
+    )
+    label_loss: float = option(
+        200.0, "weight of the cross-entropy of gate and label, where supervised", least=0, needs="supervised"
+    )
+    reference_batch: int = option(
+        128, "images of the batch that balance_loss and entropy_loss are meant for", least=1, needs="not supervised"
+    )
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.decoding is None:
             self.decoding = "hard" if self.supervised else "soft"
-        check_choices(self)
-        check_at_least(self, 1, "num_experts", "latent_size", "reference_batch")
-        check_at_least(self, 0, "kl_loss", "balance_loss", "entropy_loss", "label_loss")
+        check_fields(self)
         if self.image_size < 4 or self.image_size % 4:
             raise ValueError(f"image_size: halved twice, it must be a multiple of 4, got {self.image_size}")
         super().__post_init__(**kwargs)

@@ -14,7 +14,7 @@ from s2moe.models.vision.base import VisionConfig
 from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
 from s2moe.moe.expert_product import ACTIVATIONS
 from s2moe.moe.routers import ROUTERS
-from s2moe.options import deep_merge, nearest, option
+from s2moe.options import LARGEST, check_fields, deep_merge, nearest, option
 
 
 class ViTSize(NamedTuple):
@@ -51,20 +51,28 @@ class VMoEConfig(VisionConfig):
     model_type = "s2moe_vmoe"
 
     size: str = option("mnist/4", "a named size, for those of the next five that are null")
-    patch_size: int | None = option(None, "height and width of a patch in pixels; null: the named size's")
-    hidden_size: int | None = option(None, "width of the model; null: the named size's")
-    num_hidden_layers: int | None = option(None, "Transformer blocks; null: the named size's")
-    num_attention_heads: int | None = option(None, "attention heads; null: the named size's")
-    intermediate_size: int | None = option(None, "hidden width of MLPs and experts; null: the named size's")
+    patch_size: int | None = option(
+        None, "height and width of a patch in pixels; null: the named size's", least=1, most=LARGEST
+    )
+    hidden_size: int | None = option(None, "width of the model; null: the named size's", least=1, most=LARGEST)
+    num_hidden_layers: int | None = option(None, "Transformer blocks; null: the named size's", least=1, most=LARGEST)
+    num_attention_heads: int | None = option(None, "attention heads; null: the named size's", least=1, most=LARGEST)
+    intermediate_size: int | None = option(
+        None, "hidden width of MLPs and experts; null: the named size's", least=1, most=LARGEST
+    )
     placement: str = option(
         "every-2",
         "which blocks have experts: every-n: blocks n-1, 2n-1, ... counted from 0; last-n: the last n odd blocks; "
         "none: a dense ViT",
     )
     activation: str = option("gelu", "of MLPs and experts (the released code: gelu_tanh)", choices=ACTIVATIONS)
-    layer_norm_eps: float = option(1e-6, "epsilon of LayerNorm")
-    dropout: float = option(0.0, "dropout of the embedding, of attention's output and within dense MLPs")
-    representation_size: int | None = option(None, "width of a tanh layer before the head; null: none")
+    layer_norm_eps: float = option(1e-6, "epsilon of LayerNorm", above=0, below=1)
+    dropout: float = option(
+        0.0, "dropout of the embedding, of attention's output and within dense MLPs", least=0, below=1
+    )
+    representation_size: int | None = option(
+        None, "width of a tanh layer before the head; null: none", least=1, most=LARGEST
+    )
     loss: str = option(
         "softmax",
         "softmax: cross-entropy; sigmoid: cross-entropy of each class by itself, summed (V-MoE's pre-training)",
@@ -75,9 +83,10 @@ class VMoEConfig(VisionConfig):
         None,
         "how the auxiliary losses of SMoE layers are put together: sum or mean; null: sum with moe.method=vmoe, as "
         "published, else mean, as in the language model",
+        needs="SMoE layers",
     )
     initializer_range: float | None = option(
-        None, "standard deviation of the initial weights; null: Xavier's by each matrix' shape"
+        None, "standard deviation of the initial weights; null: Xavier's by each matrix' shape", least=0
     )
     moe: dict | None = option(None, "the SMoE layers; method vmoe, 8 experts of the MLP's form and width by default")
 
@@ -150,19 +159,7 @@ class VMoEConfig(VisionConfig):
                 raise ValueError(f"{name}: expected {names}, got {value!r}")
 
     def _check_ranges(self) -> None:
-        for name in (*ViTSize._fields, "num_channels", "image_size", "num_classes", "representation_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
-        for name, known in (
-            ("activation", ACTIVATIONS),
-            ("loss", ("softmax", "sigmoid")),
-            ("auxiliary", ("sum", "mean", None)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: must lie in [0, 1), got {self.dropout}")
+        check_fields(self)
         assert self.patch_size is not None
         assert self.hidden_size is not None
         assert self.num_attention_heads is not None

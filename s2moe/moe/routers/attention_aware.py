@@ -43,7 +43,9 @@ class AttentionAwareOptions(GraphOptions):
     posterior: bool = option(
         True, "weigh attention by how likely the head's output is given the other token's value; false: attention alone"
     )
-    sigma: float = option(1.0, "standard deviation of that Gaussian likelihood, in each of a head's features")
+    sigma: float = option(
+        1.0, "standard deviation of that Gaussian likelihood, in each of a head's features", above=0, needs="posterior"
+    )
     head: str = option(
         "batch",
         "by what training chooses the head of lowest attention entropy: batch: the current micro-batch; "
@@ -51,21 +53,18 @@ class AttentionAwareOptions(GraphOptions):
         choices=("batch", "running"),
     )
     measure_every: int = option(
-        1, "head=running: measure the entropies every so many steps, which costs all heads' scores once more"
+        1,
+        "head=running: measure the entropies every so many steps, which costs all heads' scores once more",
+        least=1,
+        needs="head=running",
     )
-    momentum: float = option(0.9, "of the running mean of the heads' entropies")
+    momentum: float = option(0.9, "of the running mean of the heads' entropies", least=0, below=1)
     num_attention_heads: int | None = option(None, "query heads of the attention; null: the model's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sigma <= 0:
-            raise ValueError(f"sigma must be positive, got {self.sigma}")
-        if self.measure_every < 1:
-            raise ValueError(f"measure_every must be at least 1, got {self.measure_every}")
         if self.head == "batch" and self.measure_every != 1:
             raise ValueError("head=batch needs the entropies at every step: set head=running, or measure_every=1")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
 
 
 @register("attention_aware")

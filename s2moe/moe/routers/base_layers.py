@@ -34,25 +34,21 @@ from s2moe.moe.assignments import per_token
 from s2moe.moe.auction import balanced_assignment
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
-from s2moe.options import option
+from s2moe.options import Checked, option
 
 
 @dataclass(kw_only=True)
-class BaseOptions:
+class BaseOptions(Checked):
     """Options of ``router.name: base``."""
 
     epsilon: float = option(
         0.01,
         "least step of a bid, as a part of the widest range of a token's scores. The mean score of a token is at most "
         "about this much below the optimum's (measured: a hundredth of it); smaller takes more rounds",
+        least=1e-6,
+        most=1,
     )
-    max_rounds: int = option(512, "rounds of bidding, after which tokens left over go where there is room")
-
-    def __post_init__(self) -> None:
-        if not 1e-6 <= self.epsilon <= 1:
-            raise ValueError(f"epsilon must lie in [1e-6, 1] (float32 resolves no smaller step), got {self.epsilon}")
-        if self.max_rounds < 1:
-            raise ValueError(f"max_rounds must be at least 1, got {self.max_rounds}")
+    max_rounds: int = option(512, "rounds of bidding, after which tokens left over go where there is room", least=1)
 
 
 @register("base")

@@ -25,11 +25,11 @@ from s2moe.moe.routers.base import LinearScores, Router
 from s2moe.moe.routing import RoutingContext
 from s2moe.moe.thresholds import RunningThresholds
 from s2moe.objectives.balance import masked_mean
-from s2moe.options import option
+from s2moe.options import Checked, option
 
 
 @dataclass(kw_only=True)
-class CompetitiveOptions:
+class CompetitiveOptions(Checked):
     """Options of routers whose pairs compete; a router's own options subclass them."""
 
     scope: str  # each router has its own choices
@@ -44,12 +44,12 @@ class CompetitiveOptions:
         choices=("threshold", "topk", "scope"),
     )
     threshold_decay: float = option(
-        0.95, "decay of the running threshold at each optimizer step: 0.95 remembers about 20 steps"
+        0.95,
+        "decay of the running threshold at each optimizer step: 0.95 remembers about 20 steps",
+        least=0,
+        below=1,
+        needs="inference=threshold",
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold_decay < 1:
-            raise ValueError(f"threshold_decay must lie in [0, 1), got {self.threshold_decay}")
 
 
 class CompetitiveRouter(Router):

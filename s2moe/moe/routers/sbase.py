@@ -42,12 +42,9 @@ from s2moe.options import option
 class SBaseOptions(TransportOptions, ShareOptions):
     """Options of ``router.name: sbase``."""
 
-    entropy: float = option(1.0, "xi, the weight of the plan's entropy: smaller balances the choices more strictly")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.entropy <= 0:
-            raise ValueError(f"entropy must be positive, got {self.entropy}")
+    entropy: float = option(
+        1.0, "xi, the weight of the plan's entropy: smaller balances the choices more strictly", above=0
+    )
 
 
 @register("sbase")

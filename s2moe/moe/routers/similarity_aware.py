@@ -37,21 +37,16 @@ from s2moe.precision import full_precision, linear
 class SimilarityAwareOptions(GraphOptions):
     """Options of ``router.name: similarity_aware``."""
 
-    temperature: float = option(0.125, "tau: low mixes in the most similar tokens only, high all alike")
-    rank: int | None = option(None, "rank of W_s; null: a full matrix. What decoding keeps of a token is as wide")
-    window: int | None = option(None, "mix over the last so many positions only; null: over the whole sequence")
+    temperature: float = option(0.125, "tau: low mixes in the most similar tokens only, high all alike", above=0)
+    rank: int | None = option(
+        None, "rank of W_s; null: a full matrix. What decoding keeps of a token is as wide", least=1, most=2**20
+    )
+    window: int | None = option(
+        None, "mix over the last so many positions only; null: over the whole sequence", least=1
+    )
     entropy_bound: bool = option(
         False, "mix in only tokens whose own distribution is not less certain: H(p_j) <= H(p_i)"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
-        for name in ("rank", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or null, got {value}")
 
 
 @register("similarity_aware")

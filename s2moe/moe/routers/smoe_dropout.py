@@ -43,14 +43,14 @@ from torch import Tensor, nn
 from s2moe.moe.assignments import per_token
 from s2moe.moe.routers.base import Router, register
 from s2moe.moe.routing import Routing, RoutingContext
-from s2moe.options import option
+from s2moe.options import Checked, option
 from s2moe.precision import linear
 
 SCHEDULES = ("linear", "cosine", "exponential", "steps", "constant")
 
 
 @dataclass(kw_only=True)
-class SMoEDropoutOptions:
+class SMoEDropoutOptions(Checked):
     """Options of ``router.name: smoe_dropout``."""
 
     schedule: str = option(
@@ -63,9 +63,13 @@ class SMoEDropoutOptions:
         None,
         "experts per token at the first step (the paper's k_min); null: half of experts_per_token. "
         "Above experts_per_token the schedule decreases",
+        needs="schedule!=constant",
     )
     schedule_steps: int | None = option(
-        None, "training steps after which experts_per_token is reached; null: those of the run"
+        None,
+        "training steps after which experts_per_token is reached; null: those of the run",
+        least=1,
+        needs="schedule!=constant",
     )
 
 

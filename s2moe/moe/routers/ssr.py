@@ -48,27 +48,23 @@ ENTROPY = {"logits": 1.0, "softmax": 0.05}
 class SSROptions(TransportOptions):
     """Options of ``router.name: ssr``."""
 
-    probability: float = option(0.01, "share of training steps that a layer routes by the plan (0.001 to 0.01)")
-    cost: str = option("logits", "C: the logits, or their softmax", choices=tuple(ENTROPY))
-    entropy: float | None = option(
-        None, "xi, the weight of the plan's entropy: smaller is sharper. null: 1 with cost=logits, 0.05 with softmax"
+    probability: float = option(
+        0.01, "share of training steps that a layer routes by the plan (0.001 to 0.01)", least=0, most=1
     )
-    noise: float = option(0.0, "standard deviation of Gaussian noise on the logits in ordinary training steps")
-    detach: bool = option(False, "no gradient to the router in Sinkhorn steps")
+    cost: str = option("logits", "C: the logits, or their softmax", choices=tuple(ENTROPY), needs="probability")
+    entropy: float | None = option(
+        None,
+        "xi, the weight of the plan's entropy: smaller is sharper. null: 1 with cost=logits, 0.05 with softmax",
+        above=0,
+        needs="probability",
+    )
+    noise: float = option(0.0, "standard deviation of Gaussian noise on the logits in ordinary training steps", least=0)
+    detach: bool = option(False, "no gradient to the router in Sinkhorn steps", needs="probability")
     renormalise: bool | None = option(
         None,
         "divide a token's weights by their sum, in every step and in evaluation. null: where experts_per_token > 1 "
         "(refused at 1, where every weight would be 1 and the router get no gradient)",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability must lie in [0, 1], got {self.probability}")
-        if self.entropy is not None and self.entropy <= 0:
-            raise ValueError("entropy must be positive; null takes the default of the cost")
-        if self.noise < 0:
-            raise ValueError("noise is a standard deviation: it must not be negative")
 
 
 @register("ssr")

@@ -54,7 +54,7 @@ from s2moe.moe.history import recent
 from s2moe.moe.routers.base import Router, register
 from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.objectives.balance import masked_mean
-from s2moe.options import option
+from s2moe.options import Checked, option
 from s2moe.parallel.expert_parallel import all_reduce_sum
 from s2moe.precision import full_precision, linear
 
@@ -63,12 +63,14 @@ GAIN = 0.1  # of the orthogonal initial centroids
 
 
 @dataclass(kw_only=True)
-class StableMoEOptions:
+class StableMoEOptions(Checked):
     """Options of ``router.name: stablemoe``."""
 
-    stage1_fraction: float = option(0.1, "part of the training steps after which the distilled router is frozen")
+    stage1_fraction: float = option(
+        0.1, "part of the training steps after which the distilled router is frozen", least=0, most=1
+    )
     schedule_steps: int | None = option(
-        None, "training steps that stage1_fraction is a fraction of; null: all of the run"
+        None, "training steps that stage1_fraction is a fraction of; null: all of the run", least=1
     )
     distilled: str = option(
         "word",
@@ -76,30 +78,26 @@ class StableMoEOptions:
         "the last five. With a vocabulary of bytes word is very coarse",
         choices=tuple(TOKENS),
     )
-    distilled_width: int = option(50, "width of the distilled router's token embedding")
-    balance_loss: float = option(0.3, "coefficient of the balance loss in stage 1; 0 switches it off")
+    distilled_width: int = option(50, "width of the distilled router's token embedding", least=1, most=2**20)
+    balance_loss: float = option(0.3, "coefficient of the balance loss in stage 1; 0 switches it off", least=0)
     balance_scope: str = option(
         "global",
         "over which tokens an expert's share is counted: global: the micro-batches of all ranks; local: this rank's",
         choices=("global", "local"),
+        needs="balance_loss",
     )
     distill_loss: float = option(
-        1.0, "coefficient of the distillation loss in stage 1 (the paper: 1; the published command: 0.3)"
+        1.0, "coefficient of the distillation loss in stage 1 (the paper: 1; the published command: 0.3)", above=0
     )
-    vocab_size: int | None = option(None, "rows of the distilled router's table; null: the model's vocab_size")
+    vocab_size: int | None = option(None, "rows of the distilled router's table; null: the model's vocab_size", least=1)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.stage1_fraction <= 1:
-            raise ValueError(f"stage1_fraction must lie in [0, 1], got {self.stage1_fraction}")
+        super().__post_init__()
         if self.distill_loss <= 0:
             raise ValueError(
                 f"distill_loss must be positive, got {self.distill_loss}: without it the router that decides after "
                 "stage 1 stays random"
             )
-        for name in ("distilled_width", "schedule_steps", "vocab_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @register("stablemoe")

@@ -56,14 +56,14 @@ class TopKOptions(BalanceOptions):
         choices=COMBINE,
     )
     renormalise: bool = option(False, "divide a token's weights by their sum (refused at k=1, as above)")
-    scale: float = option(1.0, "factor of every weight (DeepSeek-V3: 2.5 with renormalised sigmoids)")
+    scale: float = option(1.0, "factor of every weight (DeepSeek-V3: 2.5 with renormalised sigmoids)", above=0)
     noise: str = option(
         "none",
         "training only. shazeer: logits + softplus(x W_noise) * normal, learned; jitter: the router's input times "
         "uniform[1-jitter, 1+jitter] (Switch)",
         choices=("none", "shazeer", "jitter"),
     )
-    jitter: float = option(0.01, "half-width of noise=jitter")
+    jitter: float = option(0.01, "half-width of noise=jitter", least=0, below=1, needs="noise=jitter")
     zero_init: bool = option(
         False,
         "start the logits' matrix at zero (Shazeer, so that no expert is preferred at first; the noise's always does)",
@@ -78,37 +78,42 @@ class TopKOptions(BalanceOptions):
         None,
         "an expert takes at most ceil(capacity_factor * k * T / E) assignments of a micro-batch in training; "
         "null: dropless. Evaluation is always dropless, hence causal",
+        above=0,
     )
     drop_policy: str = option(
         "position",
         "which assignments a full expert drops: position: first choices before second ones, then earlier tokens "
         "before later ones (GShard); probability: heavier weights before lighter ones",
         choices=("position", "probability"),
+        needs="capacity_factor",
     )
     balance_form: str = option(
         "switch",
         "switch: E sum f_i P_i over all choices; gshard: f from first choices only; kl: KL(mean probability || "
         "uniform), which needs no f",
         choices=("switch", "gshard", "kl"),
+        needs="balance_loss",
     )
-    importance_loss: float = option(0.0, "coefficient of CV^2 of summed gate values (Shazeer: 0.1)")
-    load_loss: float = option(0.0, "coefficient of CV^2 of the smooth load; needs noise=shazeer (Shazeer: 0.1)")
+    importance_loss: float = option(0.0, "coefficient of CV^2 of summed gate values (Shazeer: 0.1)", least=0)
+    load_loss: float = option(
+        0.0, "coefficient of CV^2 of the smooth load; needs noise=shazeer (Shazeer: 0.1)", least=0
+    )
     sequence_loss: float = option(
-        0.0, "coefficient of the balance loss within each sequence, by the scores without bias (DeepSeek-V3: 1e-4)"
+        0.0,
+        "coefficient of the balance loss within each sequence, by the scores without bias (DeepSeek-V3: 1e-4)",
+        least=0,
     )
     bias_update_rate: float = option(
         0.0,
         "auxiliary-loss-free balancing: after every optimizer step each expert's selection bias moves by this much "
         "towards the mean load (DeepSeek-V3: 1e-3, with sigmoid). The bias never enters a weight",
+        least=0,
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.load_loss and self.noise != "shazeer":
             raise ValueError("load_loss is defined by Shazeer's noise: set noise=shazeer, or load_loss=0")
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError("capacity_factor must be positive, or null for dropless routing")
 
 
 @register("topk")

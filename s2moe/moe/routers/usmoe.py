@@ -47,16 +47,13 @@ class USMoEOptions(CompetitiveOptions, BalanceOptions):
         "time_step: of all sequences at each time step (the published training code)",
         choices=SCOPES,
     )
-    alpha: float = option(0.5, "share of the expert-choice score; 0 leaves softmax alone (good: 0.3 to 0.7)")
+    alpha: float = option(
+        0.5, "share of the expert-choice score; 0 leaves softmax alone (good: 0.3 to 0.7)", least=0, most=1
+    )
     renormalise: bool = option(
         False, "divide a token's weights by the sum over its chosen experts (refused at a budget of 1 or less)"
     )
-    balance_loss: float = option(0.0, "coefficient of Switch's balance loss, which USMoE does without")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
+    balance_loss: float = option(0.0, "coefficient of Switch's balance loss, which USMoE does without", least=0)
 
 
 @register("usmoe")

@@ -45,46 +45,50 @@ from s2moe.moe.capacity import ROUNDINGS, group_capacity, keep_by_priority
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.objectives.balance import cv_squared, masked_mean
-from s2moe.options import option
+from s2moe.options import Checked, option
 
 PRIORITIES = ("none", "max", "sum")
 
 
 @dataclass(kw_only=True)
-class VMoEOptions:
+class VMoEOptions(Checked):
     """Options of ``router.name: vmoe``."""
 
-    noise: float = option(1.0, "standard deviation of the logits' noise in training, times the number of experts")
+    noise: float = option(
+        1.0, "standard deviation of the logits' noise in training, times the number of experts", least=0
+    )
     capacity_factor: float | None = option(
-        1.05, "C in training: an expert takes C k T / E assignments of a group's T tokens; null: dropless"
+        1.05, "C in training: an expert takes C k T / E assignments of a group's T tokens; null: dropless", above=0
     )
     inference_capacity: float | None = option(
-        None, "C at inference; null: dropless, hence causal. Refused by causal models"
+        None, "C at inference; null: dropless, hence causal. Refused by causal models", above=0
     )
     rounding: str = option(
-        "round", "of the capacity: to the nearest; multiple_of_4: up (the released code)", choices=ROUNDINGS
+        "round",
+        "of the capacity: to the nearest; multiple_of_4: up (the released code)",
+        choices=ROUNDINGS,
+        needs="capacity_factor or inference_capacity",
     )
     priority: str = option(
         "none",
         "who gets an expert's places, in training and at inference. none: vanilla, by position; max: Batch Prioritized "
         "Routing by a token's highest weight; sum: by the sum of its k weights. Refused by causal models",
         choices=PRIORITIES,
+        needs="capacity_factor or inference_capacity",
     )
     group_size: int | None = option(
-        None, "images (sequences) of a routing group (the released code: 8); null: the whole micro-batch of a rank"
+        None,
+        "images (sequences) of a routing group (the released code: 8); null: the whole micro-batch of a rank",
+        least=1,
+        needs="capacity_factor or inference_capacity or importance_loss or load_loss",
     )
-    importance_loss: float = option(0.005, "coefficient of CV^2 of the summed probabilities without noise")
-    load_loss: float = option(0.005, "coefficient of CV^2 of the smooth load; needs noise")
+    importance_loss: float = option(0.005, "coefficient of CV^2 of the summed probabilities without noise", least=0)
+    load_loss: float = option(0.005, "coefficient of CV^2 of the smooth load; needs noise", least=0)
 
     def __post_init__(self) -> None:
-        if self.noise < 0:
-            raise ValueError(f"noise is a standard deviation: it must not be negative, got {self.noise}")
+        super().__post_init__()
         if self.load_loss and not self.noise:
             raise ValueError("load_loss is defined by the logits' noise: set noise above 0, or load_loss=0")
-        for name in ("capacity_factor", "inference_capacity"):
-            check_capacity(name, getattr(self, name))
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, or null, got {self.group_size}")
 
 
 def check_capacity(name: str, factor: float | None) -> None:

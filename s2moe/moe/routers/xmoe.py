@@ -53,21 +53,20 @@ class XMoEOptions(BalanceOptions, ShareOptions):
         "a chosen expert's weight. softmax: of s / temperature over all experts; sigmoid: of its own s / temperature",
         choices=tuple(TEMPERATURE),
     )
-    dimension: int | None = option(None, "dimension of the hypersphere; null: half the number of experts")
+    dimension: int | None = option(
+        None, "dimension of the hypersphere; null: half the number of experts", least=1, most=2**20
+    )
     temperature: float | None = option(
-        None, "where the learned temperature of the gate starts; null: 0.3 with gate=softmax, 0.07 with sigmoid"
+        None,
+        "where the learned temperature of the gate starts; null: 0.3 with gate=softmax, 0.07 with sigmoid",
+        least=LEAST_TEMPERATURE,
     )
     balance_temperature: float | None = option(
-        None, "fixed temperature of the balance loss; null: 0.3 with gate=softmax, 0.07 with sigmoid"
+        None,
+        "fixed temperature of the balance loss; null: 0.3 with gate=softmax, 0.07 with sigmoid",
+        least=LEAST_TEMPERATURE,
+        needs="balance_loss",
     )
-
-    def __post_init__(self) -> None:
-        if self.dimension is not None and self.dimension < 1:
-            raise ValueError(f"dimension must be at least 1, or null for half the experts, got {self.dimension}")
-        for name in ("temperature", "balance_temperature"):
-            value = getattr(self, name)
-            if value is not None and value < LEAST_TEMPERATURE:
-                raise ValueError(f"{name} must be at least {LEAST_TEMPERATURE}, or null for the paper's, got {value}")
 
 
 @register("xmoe")

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from s2moe.config import ConfigError, to_dict
+from s2moe.config.plain_yaml import read_yaml
 from s2moe.config.vision import VisionRunConfig
 from s2moe.metrics.specialisation import ese_of_bits
 from s2moe.training import metrics_log
@@ -60,10 +59,7 @@ def changed_since(stage: Stage) -> str:
     file = stage.config.directory / SETTINGS_FILE
     if not file.is_file():
         return ""
-    try:
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    before = read_yaml(file)
     if not isinstance(before, dict):
         raise ConfigError(f"{file}: does not say how the run was begun: remove its directory")
     return changed_settings(before, settings_of(stage.config))

@@ -32,11 +32,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from s2moe.config.loader import build as build_section
 from s2moe.config.loader import check_keys, read_override
 from s2moe.config.options import ConfigError, dataclass_section
+from s2moe.config.plain_yaml import read_yaml
 from s2moe.config.vision import VisionRunConfig
 from s2moe.options import deep_merge, nearest
 
@@ -206,7 +205,7 @@ def _read(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = table_names()
         raise ConfigError(f"--table: there is no table {name!r}{nearest(name, known)}; there are {', '.join(known)}")
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree = read_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or not {"title", "figures"} <= tree.keys():
         raise ConfigError(f"{path}: a table has title, figures and rows")
     return tree
@@ -324,8 +323,15 @@ def plan_runs(
     for key in ("name", "output_dir", "seed", "init"):
         if key in given:
             raise ConfigError(f"{key}: is decided by the table, for each run")
+    for option, value, section_name, keys in (
+        ("--epochs", epochs, "training", ("epochs", "steps")),
+        ("--source", source, "data", ("source",)),
+    ):
+        for key in keys:
+            if value is not None and key in (given.get(section_name) or {}):
+                raise ConfigError(f"{section_name}.{key}: {option} decides it: give one of them")
     if epochs is not None:
-        given = deep_merge(given, {"training": {"epochs": epochs}})
+        given = deep_merge(given, {"training": {"epochs": epochs, "steps": None}})
     if source is not None:
         given = deep_merge(given, {"data": {"source": source}})
     chains: dict[tuple[int, str], list[Stage]] = {}

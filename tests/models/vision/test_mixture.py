@@ -336,9 +336,9 @@ def test_preset_split_is_loaded_again(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"architecture": "mnits"}, "architecture: must be one of .*did you mean 'mnist'"),
-        ({"num_experts": 0}, "num_experts: must be at least 1"),
-        ({"importance_loss": -1.0}, "importance_loss: must be at least 0"),
-        ({"importance_loss": float("nan")}, "importance_loss: must be at least 0"),
+        ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"importance_loss": -1.0}, "importance_loss must not be negative"),
+        ({"importance_loss": float("nan")}, "importance_loss must be a finite number"),
         ({"num_experts": 1, "importance_loss": 0.1}, "importance_loss: num_experts=1 has no gate"),
         ({"num_experts": 1, "gate": "attentive"}, "gate: num_experts=1 has no gate"),
         ({"gate": "attentive", "inference": "top1"}, "distil the model"),

@@ -250,8 +250,8 @@ def test_saved_and_loaded_again(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"mix": "logit"}, "mix: must be one of .*did you mean 'logits'"),
-        ({"num_experts": 1}, "num_experts: must be at least 2"),
-        ({"initial_temperature": 0.0}, "initial_temperature: must be at least"),
+        ({"num_experts": 1}, "num_experts must be at least 2"),
+        ({"initial_temperature": 0.0}, "initial_temperature must be at least"),
         ({"image_size": 8}, "image_size 8 is too small"),
         ({"extractor": "none"}, "snnl_loss: extractor=none has no layers that it could condition"),
     ],

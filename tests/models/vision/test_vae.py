@@ -240,8 +240,8 @@ def test_a_run_gives_it_images_without_normalisation(kind: str, mean: float) -> 
     [
         ({"decoder": "lit"}, "decoder: must be one of lite, medium, full.*did you mean 'lite'"),
         ({"decoding": "top1"}, "decoding: must be one of"),
-        ({"num_experts": 0}, "num_experts: must be at least 1"),
-        ({"kl_loss": -1.0}, "kl_loss: must be at least 0"),
+        ({"num_experts": 0}, "num_experts must be at least 1"),
+        ({"kl_loss": -1.0}, "kl_loss must not be negative"),
         ({"image_size": 30}, "image_size: .* multiple of 4, got 30"),
     ],
 )
