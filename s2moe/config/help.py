@@ -36,10 +36,11 @@ def _section_lines(section: Section, path: str) -> list[str]:
 def _key_lines(name: str, key: Key) -> list[str]:
     default = "required" if key.default is MISSING else f"default {_show(key.default)}"
     head = f"  {name} = {type_name(key.type)}; {default}"
-    if not key.help:
+    help = " ".join(filter(None, (key.help, f"(only with {key.needs})" if key.needs else "")))
+    if not help:
         return textwrap.wrap(head, WIDTH, subsequent_indent=" " * 6)
     return textwrap.wrap(head, WIDTH, subsequent_indent=" " * 6) + textwrap.wrap(
-        key.help, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+        help, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
     )
 
 

@@ -233,7 +233,10 @@ class VisionRunConfig(Run):
         fields = {name: known.default for name, known in model.keys.items() if isinstance(known, Key)} | self.model
         facts = {"SMoE layers": "moe" in model.keys and fields["placement"] != "none"}
         if "moe" in model.keys:
-            moe = resolve_moe(deep_merge({"method": "vmoe", "num_experts": 8}, fields["moe"] or {}))
+            try:
+                moe = resolve_moe(deep_merge({"method": "vmoe", "num_experts": 8}, fields["moe"] or {}))
+            except ValueError as error:
+                raise ConfigError(f"model.moe: {error}") from error
             model, fields["moe"] = with_router(model, moe.router["name"]), dataclasses.asdict(moe)
         values["model"] = fields
         model = dataclasses.replace(model, keys={"kind": Key(str, MISSING), **model.keys})
@@ -318,7 +321,7 @@ def resolve_model(given: dict[str, Any]) -> dict[str, Any]:
         ConfigError: there is no such kind, or it has no such field.
     """
     kind = given.get("kind", DEFAULT_KIND)
-    if kind not in VISION_KINDS:
+    if not isinstance(kind, str) or kind not in VISION_KINDS:
         known = ", ".join(VISION_KINDS)
         raise ConfigError(f"model.kind: {kind!r} is unknown{nearest(kind, VISION_KINDS)}; known are {known}")
     section, fields = kind_section(kind), {name: value for name, value in given.items() if name != "kind"}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from s2moe.config.loader import build, read_override
-from s2moe.config.model import with_checked_router
+from s2moe.config.model import with_checked_router, with_router
 from s2moe.config.options import ConfigError, Section, open_section
+from s2moe.config.relevance import Settings
 from s2moe.hub.upcycling import ARGUMENTS, OF_THE_DENSE_MODEL
-from s2moe.moe.config import MoEConfig
+from s2moe.moe.config import MoEConfig, resolve_moe
 from s2moe.options import deep_merge
 
 
@@ -36,4 +37,10 @@ def moe_settings(overrides: Iterable[str], method: str, experts: int) -> dict[st
         checked = with_checked_router({**typed, "method": method, "num_experts": experts})
         return {name: checked[name] for name in given}
 
-    return build(replace(moe, build=of_the_layers), given, "model.moe.")
+    found: dict[str, Any] = build(replace(moe, build=of_the_layers), given, "model.moe.")
+    made = resolve_moe({**found, "method": method, "num_experts": experts})
+    layers = Section({"model": with_router(Section({"moe": moe}, dict), made.router["name"])}, dict)
+    settings = Settings(layers, {"model": {"moe": asdict(made)}}, {"SMoE layers": True})
+    for path in settings.without_effect(tree):
+        raise ConfigError(f"{'.'.join(path)}: {settings.reason(path)}: leave it out, or change that")
+    return found

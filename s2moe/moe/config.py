@@ -165,7 +165,7 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     """
     given = dict(given or {})
     method = given.get("method", MoEConfig.__dataclass_fields__["method"].default)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
     for section in ("router", *SECTIONS):
         if not isinstance(given.get(section) or {}, dict):
@@ -176,7 +176,7 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     merged = deep_merge(METHODS[method].defaults(num_experts), given)
     router = dict(merged.get("router") or {})
     router.setdefault("name", "topk")
-    if router["name"] not in ROUTERS:
+    if not isinstance(router["name"], str) or router["name"] not in ROUTERS:
         known = ", ".join(sorted(ROUTERS))
         raise ValueError(
             f"router.name: unknown router {router['name']!r}{nearest(router['name'], ROUTERS)}; known: {known}"

@@ -31,6 +31,14 @@ class MemoryPerProcess:
         return self.weights + self.gradients + self.optimizer
 
 
+class _Offloaded(MemoryPerProcess):
+    """With the optimizer's state in the host's memory."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients
+
+
 def memory_per_process(
     dense: int, experts: int, world_size: int, expert_parallel: int, zero_stage: int, precision: str
 ) -> tuple[MemoryPerProcess, MemoryPerProcess]:
@@ -110,7 +118,12 @@ def _memory_lines(config: RunConfig, sizes: ModelSizes, built: int, world_size: 
         training.zero_stage,
         training.precision,
     )
-    rows = [("weights", "weights"), ("gradients", "gradients"), ("optimizer state", "optimizer"), ("total", "total")]
+    rows = [("weights", "weights"), ("gradients", "gradients")]
+    if training.offload_optimizer:
+        dense, experts = (_Offloaded(**vars(part)) for part in (dense, experts))
+        rows += [("total", "total"), ("in the host's memory", "optimizer")]
+    else:
+        rows += [("optimizer state", "optimizer"), ("total", "total")]
     lines = [f"  {'GiB':22}{'dense':>10}{'experts':>10}{'both':>10}"]
     for label, name in rows:
         parts = [getattr(dense, name) / 2**30, getattr(experts, name) / 2**30]

@@ -146,8 +146,11 @@ def find_device(name: str | None) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         device = torch.device(name or ("cuda" if gpus else "cpu"))
+        known = device.type in ("cpu", "cuda")
     except RuntimeError:
-        raise ConfigError(f"--device: unknown device {name!r}: give cpu or cuda") from None
+        known = False
+    if not known:
+        raise ConfigError(f"--device: unknown device {name!r}: give cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ConfigError(f"--device {name}: this machine has {gpus} GPUs that PyTorch can use: give --device cpu")
     return device

@@ -116,9 +116,9 @@ def test_a_sweep_has_a_run_for_each_pair() -> None:
             "error: --config: there is no file 'no.yaml'",
         ),
         (
-            ["sweep.sbatch", "--dry-run", "--methods=smoe,s2moe,a", "--seeds=1", "--config", CONFIG],
+            ["sweep.sbatch", "--dry-run", "--methods=smoe,s2moe,smoe", "--seeds=1", "--config", CONFIG],
             {},
-            "error: --methods: a is given twice",
+            "error: --methods: smoe is given twice",
         ),
         (
             ["sweep.sbatch", "--dry-run", "--methods=smoe", "--seeds=1,12,1", "--config", CONFIG],

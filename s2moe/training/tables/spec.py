@@ -36,6 +36,7 @@ from s2moe.config.loader import build as build_section
 from s2moe.config.loader import check_keys, read_override
 from s2moe.config.options import ConfigError, dataclass_section
 from s2moe.config.plain_yaml import read_yaml
+from s2moe.config.relevance import Settings
 from s2moe.config.vision import VisionRunConfig
 from s2moe.options import deep_merge, nearest
 
@@ -323,6 +324,7 @@ def plan_runs(
     for key in ("name", "output_dir", "seed", "init"):
         if key in given:
             raise ConfigError(f"{key}: is decided by the table, for each run")
+    asked = given
     for option, value, section_name, keys in (
         ("--epochs", epochs, "training", ("epochs", "steps")),
         ("--source", source, "data", ("source",)),
@@ -348,6 +350,11 @@ def plan_runs(
                 stages.append(Stage(row.name, seed, number, config, number == len(row.stages)))
                 before = config.directory
             chains[seed, row.name] = stages
+    configs = [stage.config for stages in chains.values() for stage in stages]
+    idle = [set(Settings.of(config, section).without_effect(asked)) for config in configs]
+    for path in sorted(set.intersection(*idle)) if idle else ():
+        reason = Settings.of(configs[0], section).reason(path)
+        raise ConfigError(f"{'.'.join(path)}: changes nothing in any row of the table: {reason}")
     return list(chains.values())
 
 
