@@ -26,8 +26,13 @@ Config = TypeVar("Config")
 BASE = "base"
 
 
-def load(cls: type[Config], path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> Config:
+def load(
+    cls: type[Config], path: str | os.PathLike[str] | None, overrides: Iterable[str] = (), written: bool = False
+) -> Config:
     """Read `path` (None: defaults only), apply `overrides`, check everything, build a `cls`.
+
+    Args:
+        written: by a run, which has named what changes nothing already.
 
     Raises:
         ConfigError: file not found or not YAML, unknown key, wrong type, missing or impossible value; an override of
@@ -39,7 +44,7 @@ def load(cls: type[Config], path: str | os.PathLike[str] | None, overrides: Iter
     for text in overrides:
         asked = deep_merge(asked, read_override(text, section))
     config = build(section, deep_merge(tree, asked))
-    refuse_or_name(config, section, tree, asked)
+    refuse_or_name(config, section, {} if written else tree, asked)
     return config
 
 

@@ -188,7 +188,7 @@ def _prepare(config: FinetuneConfig) -> str | None:
     if newest is not None:
         if config.checkpoint.resume == "never":
             raise ConfigError(f"checkpoint.resume=never, but {newest} exists: choose another name=..., or resume=auto")
-        old, new = to_dict(load(FinetuneConfig, settings)), to_dict(config)
+        old, new = to_dict(load(FinetuneConfig, settings, written=True)), to_dict(config)
         changed = [
             f"{section}.{key} was {old[section][key]}, is {value}"
             for section, values in new.items()

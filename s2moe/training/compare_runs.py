@@ -54,7 +54,7 @@ def read(label: str, path: Path) -> dict[str, Any]:
     """
     try:
         events = metrics_log.read(path / "metrics.jsonl")
-        config = load(RunConfig, path / "config.yaml")
+        config = load(RunConfig, path / "config.yaml", written=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no run of launcher/pretrain.py that can be read: {error}") from error
     training = [event for event in events if "train/loss" in event]

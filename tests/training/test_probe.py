@@ -465,7 +465,8 @@ def test_a_probe_takes_a_window(tmp_path: Path) -> None:
     path, overrides = tiny_run(tmp_path)
     with pytest.raises(ConfigError, match=r"probe\.tokens: must be at least training\.sequence_length=32, one window"):
         load(RunConfig, path, [*overrides, "probe.every=2", "probe.tokens=31"])
-    assert load(RunConfig, path, [*overrides, "probe.tokens=31"]).probe.every == 0
+    with pytest.raises(ConfigError, match=r"probe\.tokens: matters only with probe\.every, and probe\.every is 0"):
+        load(RunConfig, path, [*overrides, "probe.tokens=31"])
     with pytest.raises(ConfigError, match=r"probe\.samples: must be at least 2, got 1"):
         load(RunConfig, path, [*overrides, "probe.samples=1"])
 

@@ -123,7 +123,7 @@ class Finished:
                     f"--report: {run} is no finished vision run: it has no {name}. Give a run's directory, "
                     "output_dir/name; the command that began a run also finishes it"
                 )
-        config = load(VisionRunConfig, run / "config.yaml")
+        config = load(VisionRunConfig, run / "config.yaml", written=True)
         changes: dict[str, Any] = {name: place for name, place in places.items() if place is not None}
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
         images, evaluation = config.open_images(), read_evaluation(run)
