@@ -155,8 +155,9 @@ def test_resolved_configuration_loads_to_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_shipped_configurations_load(path: Path) -> None:
+def test_shipped_configurations_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(RunConfig, path)
+    assert capsys.readouterr().err == ""  # nothing in it is without effect
     check_world(config, config.training.expert_parallel)
     config.model_config(config.model["vocab_size"] or 256)
 
