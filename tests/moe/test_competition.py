@@ -470,4 +470,4 @@ def test_a_router_without_linear_logits_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(ROUTERS, "other", Other)
     with pytest.raises(ValueError, match=r"distils .* which the router 'other' has not: set router\.name=topk"):
-        resolve_moe({"method": "compete_smoe", "router": {"name": "other"}})
+        resolve_moe({"method": "smoe", "competition": {"enabled": True}, "router": {"name": "other"}})

@@ -11,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 
 from s2moe.models.configuration import meta_router
 from s2moe.models.vision.base import VisionConfig
-from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
+from s2moe.moe.config import MoEConfig, method_of, resolve_moe, typed_moe
 from s2moe.moe.expert_product import ACTIVATIONS
 from s2moe.moe.routers import ROUTERS
 from s2moe.options import deep_merge, nearest, option
@@ -101,7 +101,7 @@ class VMoEConfig(VisionConfig):
                     f"{self.placement} makes it {value}: leave moe.{name} alone"
                 )
         defaults = {
-            "method": "vmoe",
+            "method": method_of(given, "vmoe"),
             "num_experts": 8,
             "expert_hidden": self.intermediate_size,
             "expert_form": "mlp_biases",
