@@ -206,7 +206,12 @@ class Regularisers(nn.Module):
             return full_precision(self.log_temperature).exp().clamp(min=1e-3)
         if options.snnl_schedule == "optimised":
             return snnl.optimised_temperature(
-                distance_MM, label_M, options.snnl_temperature, options.snnl_search_steps, valid_M=valid_M
+                distance_MM,
+                label_M,
+                options.snnl_temperature,
+                options.snnl_search_steps,
+                valid_M=valid_M,
+                form=options.snnl_form,
             )
         value = options.snnl_temperature
         if options.snnl_schedule == "annealed":

@@ -19,7 +19,12 @@ from s2moe.moe.regularisers import RegulariserOptions
 from s2moe.moe.routing import RoutingContext
 from s2moe.objectives.cka import rbf_cka
 from s2moe.objectives.sample_similarity import sample_distance, sample_similarity_loss
-from s2moe.objectives.snnl import annealed_temperature, soft_nearest_neighbour_loss
+from s2moe.objectives.snnl import (
+    annealed_temperature,
+    optimised_temperature,
+    pairwise_distance,
+    soft_nearest_neighbour_loss,
+)
 from tests.moe import reference
 
 B, S, D, E, K = 2, 6, 6, 4, 2
@@ -102,6 +107,22 @@ def test_fixed_and_optimised_temperatures(schedule: str, temperature: float) -> 
     _, statistics = run(made, hidden())
     found = statistics.values["snnl_temperature"].item()
     assert (found == pytest.approx(temperature)) == (schedule == "fixed")
+
+
+@pytest.mark.parametrize("form", ["exact", "eps"])
+def test_the_optimised_temperature_is_that_of_the_form_in_use(form: str) -> None:
+    """Value and gradient, with one anchor that has no partner."""
+    made = layer(snnl_loss=0.3, snnl_schedule="optimised", snnl_search_steps=3, snnl_form=form)
+    hidden_BSD = hidden()
+    _, statistics = run(made, hidden_BSD)
+    kept_T = TARGETS >= 0
+    hidden_TD, label_T = hidden_BSD.view(T, D)[kept_T], TARGETS[kept_T]
+    temperature = optimised_temperature(pairwise_distance(hidden_TD, "cosine"), label_T, 1.0, 3, form=form)
+    want = 0.3 * soft_nearest_neighbour_loss(hidden_TD, label_T, temperature, form=form)
+    other = optimised_temperature(pairwise_distance(hidden_TD, "cosine"), label_T, 1.0, 3)
+    assert torch.equal(temperature, other) == (form == "exact")
+    torch.testing.assert_close(statistics.loss, want)
+    assert_same_gradients(statistics.loss, want, [hidden_BSD])
 
 
 def test_without_labels_the_next_token_s_classes_are_missing() -> None:
