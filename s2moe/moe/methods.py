@@ -24,13 +24,7 @@ class Method(NamedTuple):
         return self.settings(num_experts) if callable(self.settings) else self.settings
 
 
-LOSS_FREE = {
-    "name": "topk",
-    "combine": "sigmoid",
-    "renormalise": True,
-    "bias_update_rate": 1e-3,
-    "balance_loss": 0.0,
-}
+LOSS_FREE = {"name": "topk", "combine": "sigmoid", "bias_update_rate": 1e-3, "balance_loss": 0.0}
 
 METHODS: dict[str, Method] = {
     "smoe": Method(
@@ -74,15 +68,17 @@ METHODS: dict[str, Method] = {
         },
     ),
     "loss_free": Method(
-        "auxiliary-loss-free balancing: a selection bias follows the load after every step; sigmoid weights",
+        "auxiliary-loss-free balancing: a selection bias follows the load after every step; sigmoids as weights",
         {"experts_per_token": 2, "router": LOSS_FREE},
     ),
     "deepseek_v3": Method(
-        "DeepSeek-V3: loss_free with weights times 2.5, a tiny balance loss within sequences, one shared expert",
+        "DeepSeek-V3: loss_free, weights summing to 2.5, a tiny balance loss within sequences, one shared expert",
         {
             "experts_per_token": 2,
             "shared_experts": 1,
-            "router": {**LOSS_FREE, "scale": 2.5, "sequence_loss": 1e-4},
+            # Technical report (arXiv 2412.19437): eq. 13 renormalises, section 4.2 has alpha and u. The scale is
+            # routed_scaling_factor of the published config.json.
+            "router": {**LOSS_FREE, "renormalise": True, "scale": 2.5, "sequence_loss": 1e-4},
         },
     ),
     "xmoe": Method(
