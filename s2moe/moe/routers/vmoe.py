@@ -6,7 +6,8 @@ Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts" (arXiv 210
     MoE(x) = Σ_{i among the k, within capacity} g_i e_i(x)
 
 The softmax comes before the choice, and what is left of it is not renormalised: weights sum to less than 1. An expert
-takes at most round(C k T / E) assignments of a routing group's T tokens. Vanilla routing places all first choices in
+takes at most round(C k T / E) assignments of a routing group's T tokens; where that is none, training refuses and
+inference takes one. Vanilla routing places all first choices in
 order of position, then all second ones; Batch Prioritized Routing visits tokens by their highest weight (or the sum of
 their k), so that those go first that the router is sure of. What finds no place contributes nothing, and a token
 without any expert passes through the residual alone.
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from s2moe.moe.assignments import keep, load_of, per_token
 from s2moe.moe.balancing import weigh
-from s2moe.moe.capacity import ROUNDINGS, group_capacity, keep_by_priority
+from s2moe.moe.capacity import ROUNDINGS, group_capacity, keep_by_priority, require_places
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.objectives.balance import cv_squared, masked_mean
@@ -148,6 +149,8 @@ class VMoERouter(Router):
         if factor is None:
             return routing
 
+        if self.training and options.rounding == "round":
+            require_places(factor, choices, self.num_experts, min(size, len(hidden_TD)))
         tokens_G = group_sums(real_T1.double(), size)[:, 0]
         capacity_G = group_capacity(factor, choices, self.num_experts, tokens_G, options.rounding)
         group_T = torch.arange(len(hidden_TD), device=hidden_TD.device) // size
