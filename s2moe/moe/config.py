@@ -159,6 +159,8 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
             raise ValueError(
                 f"{section}: expected a section of settings, got {given[section]!r}; e.g. router.name=topk"
             )
+    if is_resolved(given) and "cka_form" not in (given.get("regularisers") or {}):
+        given = deep_merge(given, {"regularisers": {"cka_form": "batch_mean"}})  # the only form there was
     method = given["method"] = method_of(given, MoEConfig.__dataclass_fields__["method"].default)
     num_experts = given.get("num_experts", MoEConfig.__dataclass_fields__["num_experts"].default)
     defaults = METHODS[method].defaults(num_experts)

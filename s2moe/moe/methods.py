@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
     ),
     "simsmoe": Method(
         "SimSMoE: top-2 with a loss on the similarity (CKA) of experts that share tokens",
-        {"experts_per_token": 2, "router": {"name": "topk"}, "regularisers": {"cka_loss": 0.05}},
+        {"experts_per_token": 2, "router": {"name": "topk"}, "regularisers": {"cka_loss": 0.01}},
         any_router=True,
     ),
     "snnl_smoe": Method(

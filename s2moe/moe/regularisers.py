@@ -74,11 +74,21 @@ class RegulariserOptions:
         0.0, "coefficient of CV^2 of each expert's summed probability (Krishnamurthy et al.; unbiased variance)"
     )
     cka_loss: float = option(
-        0.0, "coefficient of SimSMoE's similarity of experts that share tokens (flat between 0.005 and 0.2)"
+        0.0, "coefficient of SimSMoE's similarity of experts that share tokens (the paper: flat between 0.005 and 0.2)"
     )
-    cka_sigma: float = option(0.8, "width of its RBF kernel, as a multiple of the median distance")
+    cka_form: str = option(
+        "published",
+        "published: the authors' code: outputs projected by a learned matrix to as many numbers as there are experts, "
+        "kernels of width cka_sigma, a pair compared once in cka_shared micro-batches' worth of shared tokens, the "
+        "CKAs summed; batch_mean: the outputs themselves, kernels of cka_sigma median distances, in every micro-batch "
+        "the mean over pairs with more than cka_shared shared tokens",
+        choices=("published", "batch_mean"),
+    )
+    cka_sigma: float = option(0.8, "width of its RBF kernel; with batch_mean as a multiple of the median distance")
     cka_threshold: float = option(0.5, "T*: pairs below this CKA differ enough")
-    cka_shared: int = option(4, "f*: pairs that share no more tokens than this are left alone")
+    cka_shared: float | None = option(
+        None, "f*. published: micro-batches' worth of shared tokens; batch_mean: shared tokens; null: 16, or 4"
+    )
     cka_pairs: int = option(16, "at most so many pairs of experts are compared, those that share most")
     cka_samples: int = option(64, "at most so many shared tokens of each pair")
 
@@ -86,12 +96,20 @@ class RegulariserOptions:
         for name in ("snnl_temperature", "cka_sigma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, least in (("samples", 2), ("snnl_anneal_steps", 1), ("snnl_search_steps", 0), ("cka_shared", 0)):
+        for name, least in (("samples", 2), ("snnl_anneal_steps", 1), ("snnl_search_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name, least in (("cka_pairs", 1), ("cka_samples", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.cka_shared is not None and not self.cka_shared >= 0:
+            raise ValueError(f"cka_shared must not be negative, got {self.cka_shared}")
+
+    def shared(self) -> float:
+        """f* of the chosen form."""
+        if self.cka_shared is not None:
+            return self.cka_shared
+        return 16 if self.cka_form == "published" else 4
 
 
 COEFFICIENTS = ("snnl_loss", "similarity_loss", "similarity_different", "gate_importance_loss", "cka_loss")
@@ -105,17 +123,23 @@ def is_any_on(options: RegulariserOptions) -> bool:
 class Regularisers(nn.Module):
     """The chosen objectives of one layer. Training only."""
 
-    def __init__(self, options: RegulariserOptions) -> None:
+    def __init__(self, options: RegulariserOptions, hidden_size: int, num_experts: int) -> None:
         super().__init__()
         self.options = options
         self.log_temperature = None
         if options.snnl_loss and options.snnl_schedule == "learned":
-            self.log_temperature = nn.Parameter(torch.full((1,), math.log(options.snnl_temperature)))
+            self.log_temperature = nn.Parameter(torch.empty(1))
+        self.projection_ED = None
+        if options.cka_loss and options.cka_form == "published":
+            self.projection_ED = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters(0.02)
 
     def reset_parameters(self, std: float) -> None:
-        """Start the learned temperature."""
+        """Start the learned temperature, and SimSMoE's projection."""
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(self.options.snnl_temperature))
+        if self.projection_ED is not None:
+            nn.init.normal_(self.projection_ED, std=std)
 
     @property
     def wants_outputs(self) -> bool:
@@ -164,9 +188,10 @@ class Regularisers(nn.Module):
                 context,
                 options.cka_sigma,
                 options.cka_threshold,
-                options.cka_shared,
+                options.shared(),
                 options.cka_pairs,
                 options.cka_samples,
+                self.projection_ED,
             )
             losses["cka_loss"] = options.cka_loss * raw
             stats |= {"cka_loss": raw.detach(), **figures}
