@@ -14,6 +14,8 @@ from s2moe.moe.regularisers import RegulariserOptions
 from s2moe.moe.routers import ROUTERS
 from s2moe.options import deep_merge, nearest, option
 
+DEFAULT_METHOD = "s2moe"
+
 
 @dataclass(kw_only=True)
 class StochasticOptions:
@@ -98,7 +100,7 @@ class MoEConfig:
     """The SMoE layers of a model."""
 
     method: str = option(
-        "s2moe",
+        DEFAULT_METHOD,
         "a published method: sets defaults below. Where router.name alone is given, smoe: that router and no more",
         choices=tuple(METHODS),
     )
@@ -161,7 +163,7 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
             )
     if is_resolved(given) and "cka_form" not in (given.get("regularisers") or {}):
         given = deep_merge(given, {"regularisers": {"cka_form": "batch_mean"}})  # the only form there was
-    method = given["method"] = method_of(given, MoEConfig.__dataclass_fields__["method"].default)
+    method = given["method"] = method_of(given, DEFAULT_METHOD)
     num_experts = given.get("num_experts", MoEConfig.__dataclass_fields__["num_experts"].default)
     defaults = METHODS[method].defaults(num_experts)
     own = defaults["router"]["name"]
