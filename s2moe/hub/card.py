@@ -228,7 +228,7 @@ def _settings(run: dict[str, Any]) -> list[str]:
 def _method(config: Any) -> str:
     moe = config.moe_config()
     summary = METHODS[moe.method].summary
-    return f"{moe.method} ({summary}), {moe.num_experts} experts, {moe.experts_per_token} a token"
+    return f"{moe.title()} ({summary}), {moe.num_experts} experts, {moe.experts_per_token} a token"
 
 
 def _sizes(config: Any) -> dict[str, str]:

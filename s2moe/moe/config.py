@@ -142,6 +142,11 @@ class MoEConfig:
         after = layer - self.first_dense
         return after >= 0 and (after + 1) % self.every == 0
 
+    def title(self) -> str:
+        """The method, and the router where it is not the method's own, for people: ``s2moe, router xmoe``."""
+        own = METHODS[self.method].defaults(self.num_experts)["router"]["name"]
+        return self.method if self.router["name"] == own else f"{self.method}, router {self.router['name']}"
+
     def router_options(self) -> Any:
         """The dataclass of the chosen router's options."""
         options = {key: value for key, value in self.router.items() if key != "name"}

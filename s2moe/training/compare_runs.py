@@ -68,7 +68,7 @@ def read(label: str, path: Path) -> dict[str, Any]:
     sizes = model_sizes(model)
     return {
         "label": label,
-        "method": model.moe_config().method,
+        "method": model.moe_config().title(),
         "corpus": [Path(config.data.dir).name, config.data.validation],
         "step": validation[-1]["step"],
         "steps": config.training.steps,

@@ -74,7 +74,7 @@ def report_collapse(options: argparse.Namespace) -> dict[str, Any]:
             "probe_set": probe_set.fingerprint(),
             "experts_per_token": options.experts_per_token or moe.experts_per_token,
             "num_experts": moe.num_experts,
-            "method": moe.method,
+            "method": moe.title(),
             "pseudo_inverse_threshold": THRESHOLD,
             "rbf_sigma": SIGMA,
             "load_window_steps": WINDOW,

@@ -146,7 +146,7 @@ def measured(one: Scored, times: dict[str, list[float]], first: Scored, options:
     return {
         "label": one.label,
         "weights": one.loaded.weights.description,
-        "method": moe.method,
+        "method": moe.title(),
         "trained": trained,
         "num_experts": moe.num_experts,
         "left_out": one.scores["left_out"],

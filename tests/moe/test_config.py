@@ -85,6 +85,7 @@ def test_a_router_beside_a_method_is_taken_as_it_is_or_refused_by_both_names(met
     if name == "base":
         given["experts_per_token"] = 1
     if own == name:
+        assert resolve_moe(given).title() == method
         assert resolve_moe(given) == resolve_moe({k: v for k, v in given.items() if k != "router"})
     elif not METHODS[method].any_router:
         with pytest.raises(ValueError, match=rf"^method={method} .* the router '{own}', and router\.name={name} is "):
@@ -98,7 +99,7 @@ def test_a_router_beside_a_method_is_taken_as_it_is_or_refused_by_both_names(met
     else:
         config = resolve_moe(given)
         assert config.router == {"name": name, **asdict(ROUTERS[name].Options())}
-        assert config.method == method
+        assert config.title() == f"{method}, router {name}"  # what tables, plans and cards call it
 
 
 @pytest.mark.parametrize("name", ROUTERS)
