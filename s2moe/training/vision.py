@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2moe.config import to_dict
+from s2moe.config import ConfigError, to_dict
 from s2moe.config.vision import VisionRunConfig
 from s2moe.data import microbatch_start
 from s2moe.data.images import EpochSampler, ImageSet
 from s2moe.metrics.specialisation import pes_weights
-from s2moe.models.vision import VISION_KINDS, MixtureConfig, VisionConfig
+from s2moe.models.vision import VISION_KINDS, MixtureConfig, VisionConfig, VMoEConfig
 from s2moe.moe.freezing import freeze_named
 from s2moe.parallel import deepspeed_compat
 from s2moe.parallel.batch_norm import synchronise_batch_norms
@@ -100,6 +100,11 @@ class VisionJob(Job):
         self._images = images = config.open_images()
         self.config = config = config.for_images(len(images.train))
         self.model_config = config.model_config(images)
+        if isinstance(self.model_config, VMoEConfig):
+            try:
+                self.model_config.check_micro_batch(config.micro_batch(processes.world_size))
+            except ValueError as error:
+                raise ConfigError(f"model.moe: {error}") from error
         self._processes = processes
         self.feed = ImageFeed(config, processes, images)
         self.state = TrainingState(

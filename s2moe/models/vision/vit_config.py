@@ -14,6 +14,7 @@ from s2moe.models.vision.base import VisionConfig
 from s2moe.moe.config import MoEConfig, method_of, resolve_moe, typed_moe
 from s2moe.moe.expert_product import ACTIVATIONS
 from s2moe.moe.routers import ROUTERS
+from s2moe.moe.routers.vmoe import VMoERouter
 from s2moe.options import deep_merge, nearest, option
 
 
@@ -189,6 +190,13 @@ class VMoEConfig(VisionConfig):
         """The typed options of the SMoE layers."""
         assert self.moe is not None  # set in __post_init__
         return typed_moe(self.moe)
+
+    def check_micro_batch(self, images: int) -> None:
+        """Raise ValueError if the router cannot train on micro-batches of so many images."""
+        assert self.hidden_size is not None
+        router = meta_router(self.moe_config(), self.hidden_size)
+        if isinstance(router, VMoERouter) and self.placement != "none":
+            router.require_places(images * (self.patches + 1), images)
 
     def auxiliary_sum(self) -> bool:
         """Whether the layers' auxiliary losses are summed, not averaged."""
