@@ -177,12 +177,11 @@ def tasks_of_node(tasks: str, node: int) -> int:
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: `gpu[003-010,12],login1` is gpu003."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\](.*?)(?:,|$))?", nodelist)
+    """The first name of a Slurm node list: `gpu[003-010,12],login1` is gpu003, `r[0-3]b[7,9]` is r0b7."""
+    match = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+(?=,|$)", nodelist)
     if match is None:
         raise ConfigError(f"cannot read the Slurm node list {nodelist!r}")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + (suffix or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
 def _free_port() -> int:
