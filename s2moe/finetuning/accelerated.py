@@ -16,6 +16,7 @@ from torch import nn
 
 from s2moe.config.options import ConfigError
 from s2moe.moe.layer import SMoELayer
+from s2moe.parallel import deepspeed_compat
 from s2moe.training.ranks import from_first
 
 from .adapters import freeze_what_an_adapter_leaves
@@ -47,6 +48,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, *others:
                 "DeepSpeed wants experts in groups of their own: give the optimizer parameter_groups(model, lr, "
                 "weight_decay) of s2moe.finetuning.optimizer, not model.parameters()"
             )
+    else:
+        deepspeed_compat.need_no_gradient(model)
     freeze_what_an_adapter_leaves(model)
     connect(model)
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)

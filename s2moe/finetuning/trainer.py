@@ -29,6 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from s2moe.config.learning_rates import LearningRates
 from s2moe.config.options import ConfigError
+from s2moe.models.routed import batch_share, label_count
 from s2moe.moe.layer import expert_degree
 from s2moe.parallel import deepspeed_compat
 from s2moe.training.errors import TrainingError
@@ -70,7 +71,7 @@ class S2MoETrainerMixin(Base):
         self.learning_rates = learning_rates or LearningRates()
         self.routing = routing or RoutingCallback()
         self.add_callback(self.routing)
-        self._losses: list[Tensor] = []  # task and auxiliary loss of each micro-batch since the last log event
+        self._losses: Tensor | None = None  # sums of task and auxiliary loss since the last log event, float64
         self._losses_from = 0
         check_arguments(self)
         freeze_what_an_adapter_leaves(self.model)
@@ -99,11 +100,13 @@ class S2MoETrainerMixin(Base):
             task = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         elif self.label_smoother is not None and labels is not None:
             shifted = self._loss_shifts_labels
-            task = self.label_smoother(outputs, labels, shift_labels=shifted, num_items_in_batch=num_items_in_batch)
+            count = label_count(self._targets(inputs), num_items_in_batch)
+            task = self.label_smoother(outputs, labels, shift_labels=shifted, num_items_in_batch=count)
         both = torch.stack([task, aux.to(task.dtype)]) * self._scale(num_items_in_batch)
         if model.training and torch.is_grad_enabled():
             parts = 1 if self._scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
-            self._losses.append(both.detach().double() / parts)
+            loss = both.detach().double() / parts
+            self._losses = loss if self._losses is None else self._losses + loss
         return (both.sum(), outputs) if return_outputs else both.sum()
 
     def _scaled(self, num_items_in_batch: Any) -> bool:
@@ -114,10 +117,15 @@ class S2MoETrainerMixin(Base):
         """This micro-batch's part of the auxiliary loss."""
         if num_items_in_batch is None:
             return 1 / self.current_gradient_accumulation_steps if self._scaled(None) else 1.0
-        labels = inputs.get("shift_labels")
-        if labels is None:
-            labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
-        return labels.ne(-100).sum() / num_items_in_batch
+        return batch_share(self._targets(inputs), num_items_in_batch)
+
+    def _targets(self, inputs: dict[str, Any]) -> Tensor:
+        """What is to be predicted, -100 for nothing."""
+        shifted: Tensor | None = inputs.get("shift_labels")
+        if shifted is not None:
+            return shifted
+        labels: Tensor = inputs["labels"]
+        return labels[..., 1:] if self._loss_shifts_labels else labels
 
     def _scale(self, num_items_in_batch: Any) -> int:
         """What DeepSpeed or DDP divides gradients by, where losses are divided by the labels of all processes."""
@@ -135,7 +143,7 @@ class S2MoETrainerMixin(Base):
         """Means of task and auxiliary loss since the last log event, over steps and processes. Collective."""
         steps = self.state.global_step - self._losses_from
         total = self._finite_losses() / max(steps, 1)
-        self._losses, self._losses_from = [], self.state.global_step
+        self._losses, self._losses_from = None, self.state.global_step
         return {"task_loss": total[0].item(), "aux_loss": total[1].item()}
 
     def _finite_losses(self) -> Tensor:
@@ -144,7 +152,7 @@ class S2MoETrainerMixin(Base):
         Raises:
             TrainingError: on all processes, if it is not finite. The Trainer itself would go on.
         """
-        total = torch.stack(self._losses).sum(0) if self._losses else torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64) if self._losses is None else self._losses.clone()
         if self.args.world_size > 1:
             total = total.to(self.args.device)
             dist.all_reduce(total)
@@ -170,6 +178,8 @@ class S2MoETrainerMixin(Base):
                 )
             groups = parameter_groups(target, options["lr"], self.args.weight_decay, self.learning_rates)
             self.optimizer = cls(groups, **options)
+            if not self.is_deepspeed_enabled:
+                deepspeed_compat.need_no_gradient(target)
         return self.optimizer
 
     # --- saving and resuming --------------------------------------------------------------------------
@@ -206,7 +216,7 @@ class S2MoETrainerMixin(Base):
                 raise ConfigError(f"no complete checkpoint in {self.args.output_dir}")
         if resume_from_checkpoint:
             require_same_shape(Path(resume_from_checkpoint), shape_of(self.accelerator, self.model))
-        self._losses, self._losses_from = [], step_of(resume_from_checkpoint or "")
+        self._losses, self._losses_from = None, step_of(resume_from_checkpoint or "")
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
 

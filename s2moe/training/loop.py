@@ -9,7 +9,6 @@ where micro-batches follow one another.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -167,7 +166,7 @@ class TrainingLoop:
             microbatch=index * world + rank,
             epoch=self.feed.epoch(self.state.samples),
         )
-        torch.manual_seed(_dropout_seed(context))
+        torch.manual_seed(context.dropout_seed())
         with self.timing.phase("forward"):
             return self.engine(**self._inputs, context=context)
 
@@ -249,8 +248,3 @@ def _losses(output: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _dropout_seed(context: RoutingContext) -> int:
-    key = f"dropout/{context.seed}/{context.step}/{context.microbatch}"
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1

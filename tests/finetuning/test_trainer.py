@@ -23,7 +23,7 @@ from s2moe.finetuning.optimizer import parameter_groups
 from s2moe.finetuning.trainer import COMPLETE, S2MoETrainer, check_arguments, newest_checkpoint
 from s2moe.training.errors import TrainingError
 
-from .trainer_jobs import Texts, arguments, logged, pretrained, trainer, weights
+from .trainer_jobs import Lines, Texts, arguments, logged, pretrained, trainer, weights
 
 SST2 = Path(__file__).parents[2] / "configs" / "finetune" / "sst2.yaml"
 NO_AUX = {"moe": {"router": {"balance_loss": 0.0}}}
@@ -204,14 +204,6 @@ def test_a_plain_trainer_needs_only_the_callback(tmp_path: Path, learning: Path)
     assert {"layer_0/load_entropy", "layer_1/balance_loss"} <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("layer_0/load_entropy")] == [1, 2, 3, 4]
     assert "load/heat_map" in tags["images"]
-
-
-class Lines(Texts):
-    """The same texts for a language model."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {**row, "labels": row["input_ids"].where(row["attention_mask"] == 1, -100)}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -73,6 +73,14 @@ def pretrained(directory: Path, dropout: float = 0.0, **moe: Any) -> Path:
     return directory
 
 
+class Lines(Texts):
+    """The same texts for a language model."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {**row, "labels": row["input_ids"].where(row["attention_mask"] == 1, -100)}
+
+
 def arguments(output: Path | str, **settings: Any) -> TrainingArguments:
     defaults: dict[str, Any] = {
         "output_dir": str(output),

@@ -149,7 +149,7 @@ class StableMoERouter(Router):
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Routing:
         choices = self.choices(context)
-        if self.training and context.step >= self._boundary(context):
+        if self.training and not self.frozen and context.step >= self._boundary(context):
             self._freeze()
         # A copy: a later micro-batch may write the flag, which the backward pass of this one still needs.
         frozen = self.in_stage2.clone()
