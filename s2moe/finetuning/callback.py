@@ -28,7 +28,7 @@ class RoutingCallback(TrainerCallback):
 
     Before every forward pass in training it gives the layers their RoutingContext: seed and step, which key their
     noise; the run's length, which schedules follow (StableMoE's stages, SMoE-Dropout's k); the number of the
-    micro-batch. Dropout is keyed by the same, and the rank. After every optimizer step it hands the routers the feedback
+    micro-batch. Dropout is keyed by the same, and rank. After every optimizer step it hands the routers the feedback
     of all its micro-batches and ranks, once (selection biases, thresholds). And it writes each layer's load and figures
     to TensorBoard, at the Trainer's logging steps.
 
