@@ -51,6 +51,12 @@ CASES: dict[str, dict[str, Any]] = {
     "s2moe": {},
     "learning between steps": {"model.moe.method": "loss_free", "model.moe.router.bias_update_rate": 0.1},
     "frozen": {"training.freeze": "experts"},
+    "two processes": {
+        "model.moe.method": "smoe",
+        "model.hidden_dropout": 0.0,
+        "model.attention_dropout": 0.0,
+        "training.expert_parallel": 2,
+    },
 }
 
 
@@ -58,14 +64,15 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_run_is_the_plain_loop(changes: dict[str, Any], tmp_path: Path) -> None:
     path, common = tiny_run(tmp_path)
     given = [f"{name}={value}" for name, value in {**SETTINGS, **changes}.items()]
-    if "model.moe.method" in changes:
+    if changes.get("model.moe.method") == "loss_free":
         given.append("model.moe.router.balance_loss=0.0")
-    run_distributed("tests.training.jobs:train", 1, path, [*common, *given, "name=plain"])
+    ranks = changes.get("training.expert_parallel", 1)
+    run_distributed("tests.training.jobs:train", ranks, path, [*common, *given, "name=plain"])
     directory = tmp_path / "runs" / "plain"
     events = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     logged = [event for event in events if "train/loss" in event]
     config = load(RunConfig, path, [*common, *given])
-    made, weights = plain_loop(config)
+    made, weights = plain_loop(config, MICRO * ranks)  # the load is counted over what all ranks do at once
     assert len(logged) == STEPS
     for event, step in zip(logged, made, strict=True):
         for name, value in step.items():
@@ -76,7 +83,7 @@ def test_a_run_is_the_plain_loop(changes: dict[str, Any], tmp_path: Path) -> Non
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def plain_loop(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def plain_loop(config: RunConfig, micro: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Each step's figures, and the weights at the end."""
     corpus = Corpus.open(config.data.dir)
     sampler = WindowSampler(corpus.split("train"), LENGTH, seed=3)
@@ -101,14 +108,14 @@ def plain_loop(config: RunConfig) -> tuple[list[dict[str, float]], dict[str, tor
             group["lr"] = 0.02 * factor
         optimizer.zero_grad()
         losses, routing = [], []
-        for index in range(BATCH // MICRO):
-            tokens = torch.from_numpy(sampler.batch(step * BATCH + index * MICRO, MICRO))
+        for index in range(BATCH // micro):
+            tokens = torch.from_numpy(sampler.batch(step * BATCH + index * micro, micro))
             torch.manual_seed(dropout_seed(3, step, index))
             context = RoutingContext(seed=3, step=step, steps=STEPS, microbatch=index)
             output = model(input_ids=tokens[:, :-1], context=context, use_cache=False)
             task = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
             auxiliary = torch.stack([layer.loss for layer in output.routing]).mean()
-            ((task + auxiliary) / (BATCH // MICRO)).backward()
+            ((task + auxiliary) / (BATCH // micro)).backward()
             losses.append((task.item(), auxiliary.item()))
             routing.append(output.routing)
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 0.3).item()
