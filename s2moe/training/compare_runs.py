@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from s2moe import drawing
 from s2moe.config import ConfigError, load
 from s2moe.config.run import RunConfig
 from s2moe.models.configuration import S2MoEConfig
@@ -102,12 +103,7 @@ def table(report: dict[str, Any]) -> str:
 
 def draw(path: Path, report: dict[str, Any]) -> None:
     """Validation against tokens, and faintly training."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
-    canvas, axis = pyplot.subplots(figsize=(6.5, 4.2), layout="constrained")
+    canvas, axis = drawing.subplots(figsize=(6.5, 4.2))
     for run in report["runs"]:
         (line,) = axis.plot(*zip(*run["curve"], strict=True), "o-", ms=4, label=f"{run['label']}, {run['bpc']:.3f}")
         axis.plot(*zip(*run["training_curve"], strict=True), lw=0.7, alpha=0.4, color=line.get_color())
@@ -116,5 +112,4 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     axis.set(xlabel="tokens", ylabel="bits per character", ylim=(0.9 * lowest, min(highest, 3 * lowest)))
     axis.set_title("dots: validation, thin: training", fontsize=9)
     axis.legend(frameon=False)
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)

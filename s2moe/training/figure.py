@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from s2moe import drawing
+
 from . import metrics_log
 
 CURVES_FILE = "curves.png"
@@ -18,17 +20,12 @@ def draw_run(directory: Path) -> Path:
     Raises:
         FileNotFoundError: without a metrics.jsonl.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
     events = metrics_log.read(directory / "metrics.jsonl")
     training = [event for event in events if "train/loss" in event]
     layers = sorted({int(key[6:].split("/")[0]) for key in training[-1] if key.startswith("layer_")})
     figures = [name for name in STOCHASTIC if layers and f"layer_{layers[0]}/{name}" in training[-1]]
     panels = 1 + bool(layers) + bool(figures)
-    canvas, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False, layout="constrained")
+    canvas, axes = drawing.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False)
     figure, unit = next((name, text) for name, text in CURVES.items() if f"train/{name}" in training[-1])
     _curve(axes[0, 0], training, [event for event in events if f"val/{figure}" in event], figure, unit)
     if layers:
@@ -40,8 +37,7 @@ def draw_run(directory: Path) -> Path:
         axes[0, 2].set(title="S2MoE, mean over layers", xlabel="step", ylim=(0, 1))
         axes[0, 2].legend(frameon=False)
     path = directory / CURVES_FILE
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)
     return path
 
 

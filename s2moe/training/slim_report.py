@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from s2moe import drawing
 from s2moe.config import ConfigError
 
 REPORT_FILE, TABLE_FILE, FIGURE_FILE = "slim.json", "slim.md", "slim.png"
@@ -84,12 +85,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def draw(path: Path, report: dict[str, Any]) -> None:
     """Bits per symbol against multiply-accumulates and against latency, a curve a checkpoint."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
-    canvas, (macs, latency) = pyplot.subplots(1, 2, figsize=(10.5, 4), sharey=True, layout="constrained")
+    canvas, (macs, latency) = drawing.subplots(1, 2, figsize=(10.5, 4), sharey=True)
     for checkpoint in report["checkpoints"]:
         points = checkpoint["points"]
         bits = [point["bpc"] for point in points]
@@ -113,5 +109,4 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     latency.set(xlabel=f"ms, forward of {first['latency_batch']} x {first['latency_tokens']} tokens")
     macs.set_title("numbers: experts per token k'; circle: as trained", fontsize=9)
     macs.legend(frameon=False)
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)
