@@ -35,6 +35,8 @@ class TokenizerChoice:
                 f"--vocab-size and --sentencepiece-model do not apply to the {self.kind} tokenizer; "
                 "leave them out, or give --tokenizer sentencepiece"
             )
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise CorpusError(f"--vocab-size must be at least 1, got {self.vocab_size}; the default is {VOCABULARY}")
         if self.vocab_size is not None and self.model is not None:
             raise CorpusError("a given --sentencepiece-model has its own vocabulary; leave --vocab-size out")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
@@ -48,8 +49,10 @@ class VisionDataConfig:
     dir: str = option("data", "where downloaded files are kept")
     options: dict[str, Any] = option(factory=dict, help="what the set itself can be asked for, such as its classes")
     augmentation: str | None = option(None, "of training images, none or flip_crop; null: the set's own")
-    normalise: bool = option(
-        True, "subtract the set's mean and divide by its standard deviation; false: pixels in [0, 1], as kind vae needs"
+    normalise: bool | None = option(
+        None,
+        "subtract the set's mean and divide by its standard deviation; false: pixels in [0, 1]; null: true, but for "
+        "kind vae, which takes no other pixels, false",
     )
     fraction: float = option(1.0, "train on the first part of each class only")
     max_train: int | None = option(
@@ -71,7 +74,7 @@ class VisionDataConfig:
     def open(self) -> ImageSet:
         """The images; CorpusError says what is missing, and how to get it."""
         images = open_images(self.name, source=self.source, directory=self.dir, **self.options).fraction(self.fraction)
-        if not self.normalise:
+        if self.normalise is False:
             images = dataclasses.replace(images, mean=(0.0,) * images.channels, std=(1.0,) * images.channels)
         return images.drawn(self.max_train or len(images.train), self.max_test or len(images.test))
 
@@ -204,11 +207,16 @@ class VisionRunConfig(Run):
         self.check_name()
         require(self.seed >= 0, "seed", "must not be negative", self.seed)
         self.model = resolve_model(self.model)
+        unit_pixels = VISION_KINDS[self.model["kind"]].model.unit_pixels
+        if unit_pixels and self.data.normalise:
+            kind = self.model["kind"]
+            warnings.warn(f"data.normalise=true is taken as false: kind {kind} takes pixels in [0, 1]", stacklevel=2)
+        normalise = not unit_pixels and self.data.normalise is not False
+        self.data = dataclasses.replace(self.data, normalise=normalise)
 
     def open_images(self) -> ImageSet:
         """The images, without their normalisation where the model needs pixels in [0, 1]."""
-        images = self.data.open()
-        return images.normalised(0.0, 1.0) if VISION_KINDS[self.model["kind"]].model.unit_pixels else images
+        return self.data.open()
 
     def for_images(self, images: int) -> VisionRunConfig:
         """The settings of a run on so many training images: with the number of steps that its epochs take.

@@ -122,7 +122,7 @@ class CorpusWriter:
                 if progress is not None:
                     progress(len(piece))
         if not tokens:
-            raise CorpusError(f"the {name} split is empty; give more text, or other fractions")
+            raise CorpusError(f"the {name} split is empty; give more text")
         self.splits[name] = SplitMetadata(tokens, symbols, digest.hexdigest())
 
     def finish(
