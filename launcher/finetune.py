@@ -1,14 +1,23 @@
 #!/usr/bin/env python
-"""Fine-tune a pre-trained model on a classification task: SST-2, SST-5, IMDB or BANKING77.
+"""Fine-tune a pre-trained model on a classification task: SST-2, SST-5, IMDB, BANKING77, or texts of your own.
 
-    deepspeed launcher/finetune.py --config configs/finetune/sst2.yaml model.checkpoint=runs/quickstart
+    deepspeed launcher/finetune.py --config configs/finetune/sst2.yaml \\
+        model.checkpoint=runs/quickstart data.input_length=128
     deepspeed --num_accelerators 2 launcher/finetune.py --config ...       2 processes, also on the CPU
     python launcher/finetune.py --config ...                               one process
     torchrun --standalone --nproc-per-node 2 launcher/finetune.py --config ...
     srun --ntasks-per-node 8 python launcher/finetune.py --config ...      inside a Slurm job
 
-The task's official files are downloaded to data/; a local copy is taken with data.source=PATH. Settings come from
-the YAML file and, on top of it, from section.key=value arguments:
+data.input_length, the most tokens of a text, can be no more than the model was pre-trained on: 128 by
+configs/quickstart.yaml, 512 by configs/enwik8/.
+
+The task's official files are downloaded to data/; a local copy is taken with data.source=PATH. Files of your own,
+train.csv and, if you have them, validation.csv and test.csv, with the columns text and label (or .tsv, .jsonl):
+
+    ... --config configs/finetune/own.yaml data.source=reviews name=reviews model.checkpoint=runs/...
+    ... data.source=reviews.csv data.text_column=review data.label_column=stars      one file: a part is held out
+
+Settings come from the YAML file and, on top of it, from section.key=value arguments:
 
     ... model.checkpoint=runs/xmoe model.freeze=routers_and_experts model.balance_loss=null    X-MoE's recipe
     ... model.noise=false                                       S2MoE without its noise while fine-tuning

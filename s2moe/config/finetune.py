@@ -14,14 +14,21 @@ from .run import OptimizerConfig, require
 
 @dataclass
 class FinetuneDataConfig:
-    task: Literal["sst2", "sst5", "imdb", "banking77"] = option(help="the set of texts and classes")
-    source: str | None = option(
-        None, "a local copy, directory or archive, of the official files; null: download them to downloads/task"
+    task: Literal["sst2", "sst5", "imdb", "banking77", "own"] = option(
+        help="the set of texts and classes; own: your files, any classes"
     )
+    source: str | None = option(
+        None,
+        "a local copy, directory or archive, of the official files; null: download them to downloads/task. With task "
+        "own: a directory or archive with train and, where you have them, validation and test, each .csv, .tsv or "
+        ".jsonl; or one such file",
+    )
+    text_column: str | None = option(None, "of task own: the column, or field, that holds the text; null: text")
+    label_column: str | None = option(None, "of task own: the one that holds the class; null: label")
     downloads: str = option("data", "where downloaded files are kept")
     official: bool = option(True, "whether the splits must have the official numbers of texts")
     validation: float = option(
-        0.1, "part of train that is held out to choose the best epoch, where there is no official validation split"
+        0.1, "part of train that is held out to choose the best epoch, where there is no validation split of its own"
     )
     input_length: int = option(512, "most tokens of a text")
     keep: Literal["first", "last"] = option("first", "which tokens of a longer text remain")
@@ -30,6 +37,14 @@ class FinetuneDataConfig:
     def __post_init__(self) -> None:
         require(0 < self.validation < 1, "data.validation", "must lie between 0 and 1", self.validation)
         require(self.input_length >= 1, "data.input_length", "must be at least 1", self.input_length)
+        own = self.task == "own"
+        require(
+            not own or self.source is not None, "data.source", "must say where your files are, with data.task=own", None
+        )
+        require(not own or self.official, "data.official", "is for the published sets, not for task own", self.official)
+        for name in ("text_column", "label_column"):
+            value = getattr(self, name)
+            require(own or value is None, f"data.{name}", f"is for task own, not for {self.task}", value)
         if self.max_texts is not None:
             require(self.max_texts >= 2, "data.max_texts", "must be at least 2", self.max_texts)
 

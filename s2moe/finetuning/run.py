@@ -85,7 +85,7 @@ def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
         if config.data.input_length > before.max_position_embeddings:
             raise ConfigError(
                 f"data.input_length: {weights.description} was pre-trained on at most {before.max_position_embeddings} "
-                f"tokens, got {config.data.input_length}"
+                f"tokens, got {config.data.input_length}: give data.input_length={before.max_position_embeddings}"
             )
     data = load_data(config, processes)
     with together(processes):
@@ -126,7 +126,7 @@ def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
     finally:
         log.close()
     results = {
-        "task": config.data.task,
+        "task": data.name,
         "test_accuracy": tested["test_accuracy"],
         "test_loss": tested["test_loss"],
         "validation_accuracy": trainer.state.best_metric,
@@ -150,7 +150,13 @@ def load_data(config: FinetuneConfig, processes: Processes) -> ClassificationDat
 
     def read() -> ClassificationData:
         found = load_classification(
-            settings.task, settings.source, settings.validation, 0, settings.official, settings.downloads
+            settings.task,
+            settings.source,
+            settings.validation,
+            0,
+            settings.official,
+            settings.downloads,
+            (settings.text_column or "text", settings.label_column or "label"),
         )
         return subset(found, settings.max_texts, 0) if settings.max_texts else found
 

@@ -150,7 +150,7 @@ def test_a_classifier_of_characters_reads_texts_as_its_run_did(files: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.input_length": 4096}, "data.input_length: "),
+        ({"data.input_length": 4096}, "at most 64 tokens, got 4096: give data.input_length=64"),
         pytest.param({"data.official": True}, "has 67,349 / 872 texts", marks=pytest.mark.slow),
         ({"training.batch": 3, "training.micro_batch": 2}, "training.batch: must be a multiple"),
         pytest.param({"model.checkpoint": "absent"}, "no weights in absent", marks=pytest.mark.slow),
