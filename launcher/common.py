@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import sys
@@ -58,7 +59,8 @@ def user_errors() -> Iterator[None]:
     except ProcessError as error:
         fail(f"error: {error}", USER_ERROR, everywhere=True)
     except (ConfigError, CorpusError) as error:
-        fail(f"error: {error}", USER_ERROR)
+        message = re.sub(r"\s*\n\s*", " ", str(error))  # those of YAML have several lines
+        fail(f"error: {message}", USER_ERROR)
     except LostProcessError as error:
         fail(f"error: {error}", LOST, everywhere=True)  # the process that speaks for its machine may be the lost one
     except TrainingError as error:
@@ -69,7 +71,8 @@ def user_errors() -> Iterator[None]:
 
 def is_first_of_machine() -> bool:
     """Whether this process speaks for its machine."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+    text = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return not text.strip().isdecimal() or int(text) == 0  # what is no number is an error, which has to be said
 
 
 def fail(message: str, status: int, everywhere: bool = False) -> None:

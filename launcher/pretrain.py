@@ -92,12 +92,13 @@ def main(arguments: list[str]) -> None:
 def dry_run(config: RunConfig, world_size: int | None) -> None:
     """Print what the run would cost on `world_size` processes (default: one copy of the experts)."""
     from s2moe.config.run import check_world
+    from s2moe.training.environment import number
     from s2moe.training.plan import plan, vocabulary
 
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", config.training.expert_parallel))
+    world_size = world_size or number(os.environ, "WORLD_SIZE", config.training.expert_parallel, least=1)
     check_world(config, world_size)
     symbols, note = vocabulary(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if number(os.environ, "RANK", 0) == 0:
         if note:
             print(note)
         print(plan(config, config.model_config(symbols), world_size))

@@ -98,6 +98,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for name in names:
             if getattr(options, name) is not None and all(getattr(options, owner) is None for owner in owners):
                 parser.error(f"--{name.replace('_', '-')} goes with {' or '.join(f'--{owner}' for owner in owners)}")
+    if options.source is not None and any(text.startswith("data.source=") for text in options.overrides):
+        parser.error("--source and data.source=... say the same: give one of them")
     if options.report is not None and (options.table is not None or options.config is not None):
         parser.error("--report goes without --config and --table: a run has its own settings")
     if options.report is not None and (options.overrides or options.dry_run):
@@ -147,9 +149,10 @@ def main(arguments: list[str]) -> None:
 
 def dry_run(config: VisionRunConfig) -> None:
     """Print what the run would be."""
+    from s2moe.training.environment import number
     from s2moe.training.vision_report import plan
 
-    if int(os.environ.get("RANK", "0")) == 0:
+    if number(os.environ, "RANK", 0) == 0:
         print(plan(config))
 
 
@@ -164,8 +167,9 @@ def train(config: VisionRunConfig) -> None:
 def make_report(options: argparse.Namespace) -> None:
     """Report on a finished run."""
     from s2moe.training.details import REPORT_TEXT, report_on
+    from s2moe.training.environment import number
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if number(os.environ, "WORLD_SIZE", 1) > 1:
         fail("error: --report runs in one process: start it with python", 2)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
     directory = report_on(options.report, options.source, options.corrupt_seed or 0, options.samples)

@@ -24,6 +24,7 @@ from pathlib import Path
 from s2moe.config.options import ConfigError
 
 from .agreement import together
+from .environment import number
 from .processes import Processes
 from .ranks import from_first
 
@@ -41,7 +42,7 @@ class Owner:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     job: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
-    restart: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+    restart: int = field(default_factory=lambda: number(os.environ, "SLURM_RESTART_COUNT", 0))
     since: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(" ", "seconds"))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
