@@ -25,6 +25,7 @@ from s2moe.hub.provenance import (
 from s2moe.models import S2MoEConfig
 from s2moe.models.sizes import model_sizes
 from s2moe.moe.methods import METHODS
+from s2moe.places import ROOT
 
 GENERATE = (
     "import s2moe  # registers the architecture with transformers",
@@ -193,16 +194,19 @@ def _metadata(folder: str) -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    """The commit of this source tree, with "+ changes" where files differ from it; empty outside of a clone."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    """The commit of this source tree, with "+ changes" where its files differ; empty outside of a clone.
+
+    A file that git does not know counts where it is a part of this package, as a router of one's own is.
+    """
+    if not (ROOT / ".git").exists():
         return ""
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        commit = _git(ROOT, "rev-parse", "HEAD")
+        changed = _git(ROOT, "status", "--porcelain", "--untracked-files=no")
+        added = _git(ROOT, "status", "--porcelain", "--untracked-files=all", "--", "s2moe", "launcher")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return commit + (" + changes" if changed else "")
+    return commit + (" + changes" if changed or added else "")
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,22 @@ from tests.training.jobs import tiny_corpus
 
 def load(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_a_file_that_decides_is_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router of one's own, which git does not know yet, is; notes beside the package are none."""
+    (tmp_path / "s2moe").mkdir()
+    (tmp_path / "s2moe" / "old.py").write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True, timeout=60)
+    monkeypatch.setattr("s2moe.hub.card.ROOT", tmp_path)
+    commit = source_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "notes.txt").write_text("")
+    assert source_commit() == commit
+    (tmp_path / "s2moe" / "router.py").write_text("")
+    assert source_commit() == f"{commit} + changes"
 
 
 def test_a_directory_is_upcycled_with_its_tokenizer_and_a_card(tmp_path: Path) -> None:
