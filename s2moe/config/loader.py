@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from s2moe.options import deep_merge
+from s2moe.places import find
 
 from .options import MISSING, ConfigError, Key, Section, convert, dataclass_section
 
@@ -29,11 +30,13 @@ BASE = "base"
 def load(cls: type[Config], path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()) -> Config:
     """Read `path` (None: defaults only), apply `overrides`, check everything, build a `cls`.
 
+    A `path` that is not there is looked for in the project: configs/quickstart.yaml is found from any directory.
+
     Raises:
         ConfigError: file not found or not YAML, unknown key, wrong type, missing or impossible value.
     """
     section = dataclass_section(cls)
-    tree = read_file(Path(path), section) if path is not None else {}
+    tree = read_file(find(Path(path)), section) if path is not None else {}
     for text in overrides:
         tree = deep_merge(tree, read_override(text, section))
     return build(section, tree)
