@@ -14,7 +14,7 @@ from s2moe.data.errors import CorpusError
 from s2moe.data.tables import JSON_LINES
 
 PACKED = (".gz", ".xz", ".bz2", ".zip")
-SNIFFED = 1 << 16  # bytes that are looked at
+SNIFFED = 1 << 16  # bytes that are looked at, at most
 MOST_CONTROLS = 0.02  # of them, in text: no encoding writes characters with these bytes
 CONTROLS = bytes(sorted({*range(7), *range(14, 27), *range(28, 32), 127}))
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other mark begins with the first
@@ -60,9 +60,10 @@ def open_text(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
         name = (file.name if isinstance(file, zipfile.ZipExtFile) else path.name).lower()
         for suffix in PACKED:
             name = name.removesuffix(suffix)
-        head = file.read(SNIFFED)
+        head = file.peek(SNIFFED)[:SNIFFED]  # type: ignore[attr-defined]  # a pipe cannot be read twice
         _refuse(path, name, head)
-        file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+        if head.startswith(codecs.BOM_UTF8):
+            file.read(len(codecs.BOM_UTF8))
         yield file, name.endswith(JSON_LINES)
 
 

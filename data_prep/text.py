@@ -162,7 +162,7 @@ def expand(sources: Iterable[str]) -> list[Path]:
     files: dict[tuple[int, int], Path] = {}
     for source in sources:
         found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
-        matching = [Path(name) for name in found if os.path.isfile(name)]
+        matching = [Path(name) for name in found if not os.path.isdir(name)]
         if not matching:
             hint = f"give a glob in quotes, such as '{source}/**/*.txt'" if found else "check the path"
             raise CorpusError(f"no file matches {source}; {hint}")

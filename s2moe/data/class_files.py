@@ -177,22 +177,23 @@ def read_own(source: Path, text: str = "text", label: str = "label") -> Raw:
         names = {split: _own(files, split) for split in _SPLITS}
     if names["train"] is None:
         raise CorpusError(f"{source} has no train.csv, train.tsv or train.jsonl; data.source=FILE takes a single file")
-    rows = {
-        split: [
-            cells
-            for _, cells in read_columns(files.text(name), f"{files.name}/{name}", (text.lower(),), (label.lower(),))
-        ]
-        for split, name in names.items()
-        if name is not None
-    }
+    columns = (text.lower(),), (label.lower(),)
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for split, name in names.items():
+        if name is not None:
+            where = f"{files.name}/{name}"
+            rows[split] = [
+                (said, given.strip()) for _, (said, given) in read_columns(files.text(name), where, *columns)
+            ]
     labels = {given for _, given in rows["train"]}
     numbers = all(re.fullmatch(r"-?[0-9]+", given) for given in labels)
     classes = tuple(sorted(labels, key=int) if numbers else sorted(labels))
     index = {given: number for number, given in enumerate(classes)}
     unknown = sorted({given for part in rows.values() for _, given in part} - labels)
-    if unknown or len(classes) < 2:
-        what = f"labels that train has none of: {', '.join(unknown[:5])}" if unknown else "fewer than two classes"
-        raise CorpusError(f"{source}: {what} (column {label!r}; another with data.label_column)")
+    if unknown or "" in labels or len(classes) < 2:
+        problem = "a label is empty" if "" in labels else "fewer than two classes"
+        problem = f"labels that train has none of: {', '.join(unknown[:5])}" if unknown else problem
+        raise CorpusError(f"{source}: {problem} (column {label!r}; another with data.label_column)")
     parts = {split: Examples([t for t, _ in part], [index[given] for _, given in part]) for split, part in rows.items()}
     form = ", ".join(name for name in names.values() if name is not None)
     return Raw(classes, parts["train"], parts.get("validation"), parts.get("test"), form)

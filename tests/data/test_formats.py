@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -175,6 +176,17 @@ def test_a_file_of_two_names_is_read_once(tmp_path: Path) -> None:
     os.link(tmp_path / "a.txt", tmp_path / "b.txt")
     (tmp_path / "c.txt").symlink_to(tmp_path / "a.txt")
     assert prepare(tmp_path / "*.txt") == 0
+    assert sum(split.tokens for split in Corpus.open(tmp_path / "out").metadata.splits.values()) == len(TEXT)
+
+
+def test_a_pipe_is_read(tmp_path: Path) -> None:
+    """As a shell's <(command) is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(BOM + TEXT,), daemon=True)
+    writer.start()
+    assert prepare(pipe) == 0
+    writer.join(timeout=10)
     assert sum(split.tokens for split in Corpus.open(tmp_path / "out").metadata.splits.values()) == len(TEXT)
 
 
