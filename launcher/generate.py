@@ -53,8 +53,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.tokens < 1:
         parser.error("--tokens must be at least 1")
-    if options.temperature < 0:
-        parser.error("--temperature must not be negative; 0 takes the likeliest token")
+    if not 0 <= options.temperature < float("inf"):
+        parser.error("--temperature must be a number and not negative; 0 takes the likeliest token")
+    if not -(2**63) <= options.seed < 2**64:
+        parser.error("--seed must be a number of 64 bits")
     if not 0 < options.top_p <= 1:
         parser.error("--top-p is a probability above 0")
     if options.prompt == "-":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from s2moe.data.tokenizer_base import TOKENIZER_FILE
 from s2moe.hub.auto_tokenizer import read_tokenizer
 from s2moe.hub.card import write_card, write_card_of_leaving
 from s2moe.hub.interchange import from_transformers, to_transformers
+from s2moe.hub.reading import read_model, require_config
 from s2moe.hub.standalone_tokenizer import standalone_tokenizer
 from s2moe.hub.tokenization import S2MoETokenizer
 from s2moe.hub.upcycling import upcycle
@@ -41,8 +41,7 @@ def export_directory(source: Path, target: Path) -> Path:
 
 def require_language_model(directory: Path) -> None:
     """ValueError if this directory has another model: transformers would load it with a random head."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kinds = config.get("architectures") or []
+    kinds = require_config(directory).get("architectures") or []
     if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
         raise ValueError(f"{directory} has a {kinds[0]}, which is no language model")
 
@@ -53,7 +52,7 @@ def _convert(source: Path, target: Path, change: Callable[[PreTrainedModel], Pre
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is no Hugging Face directory: it has no config.json")
     require_language_model(source)
-    made = change(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    made = change(read_model(AutoModelForCausalLM, source))
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -284,12 +284,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        sizes, state = manifest["files"], TrainingState(**manifest["state"])
+        sizes, state = dict(manifest["files"]), TrainingState(**manifest["state"])
         has_checksums = bool({"sha256", "manifest"} & manifest.keys())
         intact = not has_checksums or manifest.pop("manifest") == _own_digest(manifest)
     except FileNotFoundError:
         raise ConfigError(f"the checkpoint {path} is incomplete: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the checkpoint {path} is damaged: its {MANIFEST} cannot be read ({error})") from error
     if not intact:
         raise ConfigError(f"the checkpoint {path} is damaged: its {MANIFEST} has not the content that was written")

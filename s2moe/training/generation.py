@@ -16,6 +16,7 @@ from s2moe.data import Corpus, load_tokenizer
 from s2moe.data.tokenizer_base import REPLACEMENT, TOKENIZER_FILE
 from s2moe.hub import S2MoETokenizer
 from s2moe.hub.auto_tokenizer import read_tokenizer
+from s2moe.hub.reading import read_model
 from s2moe.moe.layer import SMoELayer
 from s2moe.moe.routing import Routing
 
@@ -44,6 +45,11 @@ def continue_text(options: argparse.Namespace) -> str:
     prompt = tokenizer(options.prompt, return_tensors="pt")["input_ids"].long().to(device)
     if prompt.shape[1] == 0:
         raise ConfigError("the prompt has no token: give some text")
+    if int(prompt.max()) >= model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives the prompt the id {int(prompt.max())}, and the model in {options.checkpoint} has "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature:
@@ -72,7 +78,7 @@ def load_model_and_tokenizer(path: Path, data: Path | None) -> tuple[Any, Any]:
         return load_weights(weights), S2MoETokenizer(corpus.tokenizer)
     check_language_model(weights.hf)
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
+        model = read_model(AutoModelForCausalLM, weights.hf)
     if not hasattr(model.config, "moe_config"):
         raise ConfigError(f"{weights.hf} is a {type(model).__name__} without SMoE layers of this project")
     if (weights.hf / "tokenizer_config.json").is_file():

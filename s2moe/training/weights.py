@@ -19,6 +19,7 @@ from s2moe.config.options import ConfigError
 from s2moe.data import load_tokenizer
 from s2moe.data.tokenizer_base import TOKENIZER_FILE
 from s2moe.hub.directories import require_language_model
+from s2moe.hub.reading import read_model, require_whole
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.parallel.deepspeed_compat import REST, CheckpointFileError, load_file, to_universal, universal_weights
@@ -94,24 +95,19 @@ def load_weights(weights: Weights) -> S2MoEForCausalLM:
     """The model with these weights, on the CPU, in evaluation mode."""
     if weights.hf is not None:
         check_language_model(weights.hf)
-        try:
-            with no_progress_bars():
-                return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
-        except ValueError as error:
-            raise ConfigError(f"{weights.hf} cannot be used here: {error}") from error
+        with no_progress_bars():
+            return read_model(S2MoEForCausalLM, weights.hf)
     assert weights.checkpoint is not None
     config = checkpoint_config(weights.checkpoint)
     state = checkpoint_state(weights.checkpoint)
     model = S2MoEForCausalLM(config)
     for parameter in model.parameters():  # buffers stay float32
         parameter.data = parameter.data.to(DTYPES[weights.checkpoint.state.precision])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
-    if missing or unexpected:
-        raise ConfigError(
-            f"the checkpoint {weights.checkpoint.path} does not fit its own configuration: "
-            f"missing {missing}, unexpected {unexpected}"
-        )
+    expected = model.state_dict()
+    others = [name for name, tensor in state.items() if name in expected and tensor.shape != expected[name].shape]
+    missing = expected.keys() - state.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    require_whole(f"the checkpoint {weights.checkpoint.path}", missing, state.keys() - expected.keys(), others)
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 
@@ -163,5 +159,5 @@ def _file_state(path: Path) -> dict[str, Tensor]:
 def _step_of(hf: Path) -> int:
     try:
         return int(json.loads((hf / ORIGIN_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
