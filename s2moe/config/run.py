@@ -27,7 +27,7 @@ TOKENWISE = ("topk", "xmoe", "smoe_dropout")  # routers that choose by a token a
 class DataConfig:
     dir: str = option(help="directory of a prepared corpus, written by `python -m data_prep`")
     train: str = option("train", "split to train on")
-    validation: str = option("valid", "split whose bits per character are reported")
+    validation: str = option("valid", "split whose bits per byte, character or word are reported")
     prepare: str | None = option(
         None, "what `python -m data_prep` is given, beside --out, to write the corpus: named where it is missing"
     )
@@ -137,7 +137,8 @@ class EvaluationConfig:
     segment: int = option(512, "tokens scored per window; the window holds context + segment - 1 tokens")
     batch: int = option(16, "windows per process and forward pass")
     max_symbols: int | None = option(
-        None, "during training score only the first so many tokens; the last validation scores all"
+        None,
+        "during training score only the first so many bytes, characters or words; the last validation scores all",
     )
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from s2moe.places import DATA_PREP
 
 FORMAT = 1
 VERIFIED_BYTES = 1 << 30  # a split up to this size is compared with its checksum when it is opened: 0.1 s for 100 MB
+CHUNK_TOKENS = 1 << 20
 METADATA_FILE = "metadata.json"
 SPLITS = ("train", "valid", "test")
 
@@ -83,13 +84,28 @@ class CorpusMetadata:
 
 
 class TokenStream(Sequence[int]):
-    """One split's tokens ``[tokens]``, memory-mapped; indexing and slicing are numpy's."""
+    """One split's tokens ``[tokens]``, memory-mapped; indexing and slicing are numpy's.
 
-    def __init__(self, name: str, tokens: NDArray[Any], symbols: int, path: Path | None = None) -> None:
+    Args:
+        symbols: what all of it counts in a figure per symbol.
+        symbols_V: what each id counts, ``Tokenizer.symbols_V``.
+        vocab_size: an id that is not below it is an error where it is read; None: any may be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokens: NDArray[Any],
+        symbols: int,
+        path: Path | None = None,
+        symbols_V: NDArray[np.int64] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
         self.name = name
         self.tokens = tokens
         self.symbols = symbols
         self.path = path
+        self._symbols_V, self._vocab_size = symbols_V, vocab_size
         self._opened = None if path is None else _signature(path)
 
     def require_unchanged(self) -> None:
@@ -110,7 +126,31 @@ class TokenStream(Sequence[int]):
         return int(self.tokens.size)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.tokens[index]
+        """As numpy's. CorpusError for an id beyond the vocabulary, which only a damaged file has."""
+        ids = self.tokens[index]
+        if self._vocab_size is not None and np.size(ids) and (largest := int(np.max(ids))) >= self._vocab_size:
+            raise CorpusError(
+                f"{self.path or self.name} has the id {largest}, which the vocabulary of {self._vocab_size} has not: "
+                "the file is damaged; prepare the corpus again"
+            )
+        return ids
+
+    def count_symbols(self, start: int, stop: int) -> int:
+        """How many symbols the tokens ``start`` to ``stop - 1`` count in a figure per symbol."""
+        ids = self[start:stop]
+        return len(ids) if self._symbols_V is None else int(self._symbols_V[ids].sum())
+
+    def tokens_within(self, symbols: int) -> int:
+        """The length in tokens of the longest beginning that counts at most so many symbols."""
+        if self._symbols_V is None:
+            return min(symbols, len(self))
+        counted = 0
+        for start in range(0, len(self), CHUNK_TOKENS):
+            counts = counted + np.cumsum(self._symbols_V[self[start : start + CHUNK_TOKENS]])
+            if counts[-1] > symbols:
+                return start + int(np.searchsorted(counts, symbols, side="right"))
+            counted = int(counts[-1])
+        return len(self)
 
 
 class Corpus:
@@ -164,11 +204,18 @@ class Corpus:
         if name not in self._verified and self._bytes(name) <= VERIFIED_BYTES:
             self._verify(name)
         tokens = np.memmap(self.path(name), dtype=self.metadata.dtype, mode="r")
-        return TokenStream(name, tokens, self.metadata.splits[name].symbols, self.path(name))
+        return TokenStream(
+            name,
+            tokens,
+            self.metadata.splits[name].symbols,
+            self.path(name),
+            self.tokenizer.symbols_V,
+            self.metadata.vocab_size,
+        )
 
     def text_bytes(self, name: str) -> bytes:
         """A split's text, decoded again, as bytes (all of it in memory)."""
-        return self.tokenizer.decode_bytes(self.split(name).tokens)
+        return self.tokenizer.decode_bytes(self.split(name)[:])
 
     def path(self, name: str) -> Path:
         return self.directory / f"{name}.bin"

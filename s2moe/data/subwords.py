@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sentencepiece import sentencepiece_model_pb2 as model_format
 
 from s2moe.data.errors import CorpusError
@@ -143,8 +144,15 @@ class SentencePieceTokenizer(Tokenizer):
             start = stop + 1
         return REPLACEMENT.join(parts)
 
-    def count_symbols(self, data: bytes, tokens: int) -> int:
-        return count_characters(data)
+    @cached_property
+    def symbols_V(self) -> NDArray[np.int64]:
+        """Characters of each piece; of a byte 1 where it begins a character. A control piece stands for no text."""
+        look_up, silent = self._processor.id_to_piece, self._processor.is_control
+        texts = (
+            bytes([int(piece[3:5], 16)]) if self._processor.is_byte(index) else "" if silent(index) else piece
+            for index, piece in enumerate(map(look_up, range(self.vocab_size)))
+        )
+        return np.array([count_characters(as_bytes(text)) for text in texts], dtype=np.int64)
 
     def save(self, directory: str | Path) -> list[Path]:
         path = Path(directory) / MODEL_FILE

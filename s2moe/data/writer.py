@@ -118,7 +118,7 @@ class CorpusWriter:
                 file.write(data)
                 digest.update(data)
                 tokens += ids.size
-                symbols += tokenizer.count_symbols(piece, ids.size)
+                symbols += tokenizer.count_symbols(ids)
                 if progress is not None:
                     progress(len(piece))
         if not tokens:

@@ -12,7 +12,10 @@ from typing import Any
 import yaml
 
 import s2moe
+from s2moe.config.options import ConfigError
 from s2moe.data.corpus import METADATA_FILE
+from s2moe.data.tokenizers import TOKENIZERS
+from s2moe.data.units import UNKNOWN_SYMBOL, unit_of
 from s2moe.hub.provenance import (
     CARD_FILE,
     HUB_DATASETS,
@@ -73,7 +76,7 @@ def write_card(
         **(_sizes(config) if tuned is None else _tuning(tuned)),
         **({"Tokenizer": tokenizer} if tokenizer else {}),
         **_data(run),
-        **_score(run_directory, step),
+        **_score(run_directory, step, _symbol(tokenizer, run)),
         **_training(run),
         "Made with": _made_with(),
     }
@@ -106,7 +109,7 @@ def write_card(
 def write_card_of_leaving(directory: Path, config: Any, name: str, source: Path) -> Path:
     """Write README.md beside a model of transformers' own that ``source``, one of ours, was converted to.
 
-    What the card of ``source`` says in its table stands in it, so that data, method and bits per character go along.
+    What the card of ``source`` says in its table stands in it, so that data, method and score go along.
     """
     converted_from, table = public_name(source), card_table(source)
     facts = {
@@ -257,19 +260,30 @@ def _data(run: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _score(run_directory: Path | None, step: int | None) -> dict[str, str]:
+def _symbol(tokenizer: str, run: dict[str, Any]) -> str:
+    """What figures per symbol are divided by, as the tokenizer that goes along says, or else the data."""
+    if tokenizer in TOKENIZERS:
+        return TOKENIZERS[tokenizer].symbol
+    folder = (run.get("data") or {}).get("dir")
+    return _metadata(folder).get("symbol", UNKNOWN_SYMBOL) if folder else UNKNOWN_SYMBOL
+
+
+def _score(run_directory: Path | None, step: int | None, symbol: str) -> dict[str, str]:
     """The last validation up to this step."""
     path = run_directory / "metrics.jsonl" if run_directory is not None else None
     if path is None or not path.is_file():
         return {}
-    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    scored = [e for e in events if e.get("val/bpc") is not None and (step is None or e["step"] <= step)]
+    try:
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        scored = [e for e in events if e.get("val/bpc") is not None and (step is None or e["step"] <= step)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): bring back a copy, or move it away") from error
     if not scored:
         return {}
     last = scored[-1]
     symbols = last.get("val/symbols")
-    over = f" over {symbols:,.0f} symbols" if symbols and math.isfinite(symbols) else ""
-    return {"Validation": f"{last['val/bpc']:.4f} bits per symbol{over}, at step {last['step']:,}"}
+    over = f" over {symbols:,.0f} {symbol}s" if symbols and math.isfinite(symbols) else ""
+    return {"Validation": f"{last['val/bpc']:.4f} {unit_of(symbol)}{over}, at step {last['step']:,}"}
 
 
 def _training(run: dict[str, Any]) -> dict[str, str]:

@@ -25,6 +25,7 @@ class Job(ABC):
         state: of a run that has not begun, with everything that a checkpoint must agree with.
         flops_per_unit: of training on one unit of the feed; 0 where it is not known.
         sample: what the settings call one.
+        symbol: what a figure per symbol is divided by; empty where there is none.
     """
 
     config: RunConfig | VisionRunConfig
@@ -32,6 +33,7 @@ class Job(ABC):
     feed: Feed
     flops_per_unit: float = 0.0
     sample: str = "sequences"
+    symbol: str = ""
 
     @abstractmethod
     def initial(self) -> Any:

@@ -226,7 +226,7 @@ class TrainingLoop:
         speed = units / max(self._interval_seconds, 1e-9)
         names = (*LOSSES, *(f"train/{name}" for name in self._values))
         values: dict[str, Any] = dict(zip(names, means, strict=True))
-        values |= self.feed.figures(self.state, means[1])
+        values |= self.feed.figures(self.state, values)
         values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
         values["grad_norm"] = self._gradient_norm()
         values[f"{unit}_per_second"] = speed

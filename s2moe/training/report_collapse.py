@@ -1,6 +1,6 @@
 """`launcher/evaluate.py --report collapse`: every collapse and routing metric of a model, as JSON and as pictures.
 
-Of the weights alone: what the SMoE layers do with a probe set (training/probe.py), and bits per character at other
+Of the weights alone: what the SMoE layers do with a probe set (training/probe.py), and bits per symbol at other
 numbers of experts per token. Of the run directory they come from, where there is one: load and S2MoE's figures in
 training (metrics.jsonl), routing fluctuation (probes/). Of other runs given beside it: inter-run consistency.
 """
@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from s2moe.config import ConfigError
+from s2moe.data.units import unit_of
 from s2moe.metrics.collapse import THRESHOLD
 from s2moe.metrics.consistency import inter_run_consistency
 from s2moe.metrics.fluctuation import last_fluctuation, settled
@@ -67,6 +68,7 @@ def report_collapse(options: argparse.Namespace) -> dict[str, Any]:
         "weights": loaded.weights.description,
         "corpus": loaded.corpus.name,
         "split": options.split,
+        "symbol": loaded.corpus.metadata.symbol,
         "settings": {
             "probe_tokens": probe_set.tokens,
             "window": window,
@@ -273,7 +275,8 @@ def summary(report: dict[str, Any]) -> str:
         for layer in report["layers"]
     ]
     slim = report["slimmability"]
-    lines.append("bits per symbol at k': " + ", ".join(f"{k}: {bpc:.4f}" for k, bpc in slim["bpc"].items()))
+    bits = ", ".join(f"{k}: {bpc:.4f}" for k, bpc in slim["bpc"].items())
+    lines.append(f"{unit_of(report['symbol'])} at k': {bits}")
     lines += [f"k' = {number} left out: {reason}" for number, reason in slim["left_out"].items()]
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from s2moe import drawing
+from s2moe.data.units import unit_of
 
 SIMILARITIES = {
     "router_cosine": "router rows, cosine",
@@ -166,9 +167,9 @@ def _slimmability(report: dict[str, Any]) -> Any:
     axis.set_xscale("log", base=2)
     axis.set_xticks(numbers, [str(number) for number in numbers])
     axis.set(
-        title=f"{slim['symbols']:,.0f} symbols of {report['split']}",
+        title=f"{slim['symbols']:,} {report['symbol']}s of {report['split']}",
         xlabel="experts per token k'",
-        ylabel="bits per symbol",
+        ylabel=unit_of(report["symbol"]),
     )
     axis.legend(frameon=False)
     return canvas

@@ -103,7 +103,7 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     if latest is not None:
         saved = checkpoints.restore(engine, source, state)
         state.step, state.samples, state.tokens, state.seconds = saved.step, saved.samples, saved.tokens, saved.seconds
-    log = RunLog(config, directory, state.step, processes.is_main)
+    log = RunLog(config, directory, state.step, processes.is_main, job.symbol)
     if latest is not None:
         changes = changes_of_shape(config, latest.state, state, job.sample)
         log.say(f"continuing from {latest.path}, step {state.step}{changes}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from s2moe import drawing
 from s2moe.config import ConfigError
+from s2moe.data.units import unit_of
 
 REPORT_FILE, TABLE_FILE, FIGURE_FILE = "slim.json", "slim.md", "slim.png"
 
@@ -34,7 +35,7 @@ def table(report: dict[str, Any]) -> str:
     names = list(report["conventions"])
     compared = comparable(report)
     lines = [
-        f"| checkpoint | k' | bits per {report['symbol']} | "
+        f"| checkpoint | k' | {unit_of(report['symbol'])} | "
         + " | ".join(f"MACs, {name} (M)" for name in names)
         + " | latency, ms | × trained |"
         + (f" × {report['checkpoints'][0]['label']} |" if compared else ""),
@@ -64,8 +65,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     first, hardware, protocol = report["checkpoints"][0], report["hardware"], report["protocol"]
     repeats = first["points"][0]["repeats"]
     lines = [
-        f"Bits per {report['symbol']} of {report['split']} of {report['corpus']}, {report['symbols']:,.0f} "
-        f"{report['symbol']}s, protocol {protocol['name']}. Bold: the k trained with, to which ratios refer.",
+        f"{unit_of(report['symbol']).capitalize()} of {report['split']} of {report['corpus']}, "
+        f"{report['symbols']:,} {report['symbol']}s, protocol {protocol['name']}. Bold: the k trained with, to which "
+        "ratios refer.",
         f"MACs: multiply-accumulates of one token, millions, attending to half of {first['latency_tokens']} positions "
         "on average, and their ratio. " + "; ".join(f"{name}: {text}" for name, text in report["conventions"].items()),
         f"Latency: one forward pass of {first['latency_batch']} x {first['latency_tokens']} tokens, median and "
@@ -105,7 +107,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                     fontsize=8,
                 )
     first = report["checkpoints"][0]
-    macs.set(xlabel="multiply-accumulates of a token, millions (whole model)", ylabel=f"bits per {report['symbol']}")
+    macs.set(xlabel="multiply-accumulates of a token, millions (whole model)", ylabel=unit_of(report["symbol"]))
     latency.set(xlabel=f"ms, forward of {first['latency_batch']} x {first['latency_tokens']} tokens")
     macs.set_title("numbers: experts per token k'; circle: as trained", fontsize=9)
     macs.legend(frameon=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class ImageFeed(Feed):
             values["error"] = (output.logits.detach().argmax(-1) != inputs["labels"]).float().mean()
         return values
 
-    def figures(self, state: TrainingState, task_loss: float) -> dict[str, float]:
+    def figures(self, state: TrainingState, means: Mapping[str, float]) -> dict[str, float]:
         return {"epoch": state.samples / len(self._sampler)}
 
 

@@ -195,14 +195,14 @@ def test_the_card_of_a_run_says_what_was_done(tmp_path: Path) -> None:
         "| Method | s2moe (S2MoE, flop-matched",
         "| Tokenizer | byte |",
         "| Data | tiny, 6,000 tokens of training",
-        "| Validation | 3.2100 bits per symbol over 600 symbols, at step 60 |",
+        "| Validation | 3.2100 bits per byte over 600 bytes, at step 60 |",
         "| Training | 60 steps of 4 sequences of 32 tokens, fp32 |",
         '"num_experts": 4',
         "global_batch: 4",
     ):
         assert text in card.content, text
     earlier = write_card(hf, config, {"run": "tiny", "step": 50}, tmp_path).read_text()
-    assert "4.0000 bits per symbol, at step 30" in earlier
+    assert "4.0000 bits per byte, at step 30" in earlier
     bare = write_card(hf, config, {}).read_text()
     assert "Validation" not in bare
     assert "# hf" in bare
