@@ -34,14 +34,14 @@ PLAIN = {
 
 
 def build(name: str, seed: int = 0, layers: int = 3) -> Any:
-    """A model in evaluation mode; another `seed` gives other weights."""
+    """A model in evaluation mode and float64, where no tie is near; another `seed` gives other weights."""
     torch.manual_seed(seed)
     if name in FOREIGN:
         theirs = foreign(name, vocab_size=VOCABULARY, num_hidden_layers=layers)
         if name == "qwen2_moe":
-            return from_transformers(theirs).eval()
-        return upcycle(theirs, "s2moe", experts=4, experts_per_token=2, noise=0.2).eval()
-    return tiny(name, vocab_size=VOCABULARY, num_hidden_layers=layers).eval()
+            return from_transformers(theirs).double().eval()
+        return upcycle(theirs, "s2moe", experts=4, experts_per_token=2, noise=0.2).double().eval()
+    return tiny(name, vocab_size=VOCABULARY, num_hidden_layers=layers).double().eval()
 
 
 def generate(model: Any, ids: Tensor | None = IDS, **given: Any) -> Any:

@@ -56,7 +56,7 @@ def test_decoding_with_the_cache_equals_a_full_pass(given: dict[str, Any], steps
 @PARAMETERS
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_left_padded_sequences_equal_unpadded_ones(given: dict[str, Any], implementation: str) -> None:
-    model = tiny(**given).eval()
+    model = tiny(**given).double().eval()
     model.set_attn_implementation(implementation)
     padded_BSV = model(**left_padded()).logits
     assert torch.isfinite(padded_BSV).all()
