@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from s2moe.moe.routers import ROUTERS
 from s2moe.options import option
 
 from .model import default_model, model_section
@@ -19,8 +20,6 @@ from .options import ConfigError
 if TYPE_CHECKING:
     from s2moe.data import Corpus
     from s2moe.models.configuration import S2MoEConfig
-
-TOKENWISE = ("topk", "xmoe", "smoe_dropout")  # routers that choose by a token alone, wherever its sequence is
 
 
 @dataclass
@@ -320,19 +319,21 @@ class RunConfig(Run):
             f"must divide model.num_key_value_heads={groups}, or be a multiple of it",
             size,
         )
+        router = moe["router"]["name"]
         whole = [
-            f"model.moe.router.name={moe['router']['name']}" if moe["router"]["name"] not in TOKENWISE else "",
+            f"model.moe.router.name={router}" if not ROUTERS[router].tokenwise else "",
             "model.moe.router.sequence_loss" if moe["router"].get("sequence_loss") else "",
             "model.moe.stochastic.enabled" if moe["stochastic"]["enabled"] else "",
             "training.compile" if training.compile else "",
         ]
         found = " and ".join(filter(None, whole))
+        tokenwise = sorted(name for name, cls in ROUTERS.items() if cls.tokenwise)
         require(
             not found,
             key,
             f"does not go with {found}, which needs whole sequences",
             size,
-            f"use a router among {', '.join(TOKENWISE)} without those, or training.sequence_parallel=1 with "
+            f"use a router among {', '.join(tokenwise)} without those, or training.sequence_parallel=1 with "
             "training.activation_checkpointing=true, training.zero_stage=3 or a smaller training.micro_batch",
         )
 

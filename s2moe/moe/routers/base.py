@@ -36,6 +36,8 @@ class Router(KeepsBuffers):
     Options: ClassVar[type[Any]]
     wants_attention: ClassVar[bool] = False  # whether context.attention is to be filled
     keeps_history: ClassVar[bool] = False  # whether context.history is to be filled in cached decoding
+    # Whether it chooses by a token alone, wherever its sequence is: then sequences can be cut between processes.
+    tokenwise: ClassVar[bool] = False
     frozen: bool = False  # see moe/freezing.py; ``after_step`` is not called then
     refuses_noise: ClassVar[str] = ""  # why S2MoE cannot use this router for its two passes; empty: it can
 

@@ -79,6 +79,7 @@ class SMoEDropoutRouter(Router):
     """Top-k of a frozen random projection, with k on a schedule in training."""
 
     Options = SMoEDropoutOptions  # weights that are constant at k = 1 are no mistake: the router is not to learn
+    tokenwise = True
     options: SMoEDropoutOptions
     weight_ED: Tensor
 

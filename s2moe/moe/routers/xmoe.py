@@ -75,6 +75,7 @@ class XMoERouter(Router):
     """Each token takes the k experts whose embeddings lie at the smallest angle to its projection."""
 
     Options = XMoEOptions
+    tokenwise = True
     options: XMoEOptions
 
     def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, options: XMoEOptions) -> None:
