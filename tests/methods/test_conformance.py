@@ -15,7 +15,7 @@ from s2moe.moe.config import resolve_moe
 from s2moe.moe.routing import RoutingContext
 from s2moe.options import deep_merge
 from tests.methods.cases import CASES, S2MOE_CASES, WITHOUT_DRAWS
-from tests.models.decoder import tiny
+from tests.models.decoder import ROTARY, tiny
 from tests.models.test_causality import assert_causal
 from tests.models.test_generation import PAD, PROMPTS, greedy, left_padded
 from tests.ties import watch
@@ -70,7 +70,7 @@ def test_decoding_with_the_cache_equals_a_full_pass(moe: dict[str, Any], steps: 
         out = model(ids[:, start : start + step], past_key_values=cache, use_cache=True)
         cache, start = out.past_key_values, start + step
         pieces.append(out.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole_BSV)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole_BSV, **ROTARY)
 
 
 @EVERY_METHOD
