@@ -17,10 +17,9 @@ from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.moe.rows import count
 from s2moe.parallel import ExpertParallel, deepspeed_compat
 from tests.distributed_harness import reset_groups
-from tests.ties import watch
+from tests.ties import everywhere, on_clear_data, watch
 
 VOCABULARY = 64
-DRAWS = 8  # of data, until one has no tie
 
 
 def tiny_config(**moe: Any) -> S2MoEConfig:
@@ -98,13 +97,6 @@ def train(
     }
 
 
-def everywhere(condition: bool) -> bool:
-    """Whether it holds on all ranks."""
-    holds = torch.tensor(int(condition))
-    dist.all_reduce(holds, dist.ReduceOp.MIN)
-    return bool(holds)
-
-
 def train_shapes(
     shapes: list[tuple[int, int]],
     steps: int,
@@ -117,11 +109,9 @@ def train_shapes(
     In float32, on the first data whose choices are clear of ties at the first shape: the shapes round differently.
     """
     first, *others = shapes
-    for data in range(1, DRAWS + 1):
-        found = {first: train(*first, steps, moe, ds_config, freeze, data, watched=bool(others) and ds_config is None)}
-        if found[first]["clear"]:
-            return found | {shape: train(*shape, steps, moe, ds_config, freeze, data) for shape in others}
-    raise AssertionError(f"{DRAWS} draws of data all bring choices of experts near a tie")
+    watched = bool(others) and ds_config is None
+    data, found = on_clear_data(lambda data: train(*first, steps, moe, ds_config, freeze, data, watched))
+    return {first: found} | {shape: train(*shape, steps, moe, ds_config, freeze, data) for shape in others}
 
 
 def layer_against_single_process(moe: dict[str, Any], assignment: str) -> dict[str, float]:
