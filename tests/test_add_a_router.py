@@ -27,7 +27,10 @@ from tests.methods.test_layouts import overrides_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "add_a_router.md"
-SHORT = "training.steps=4 schedule.warmup_steps=1 evaluation.max_symbols=500 logging.sample_tokens=0"
+SHORT = (
+    "training.steps=4 schedule.warmup_steps=1 evaluation.context=1 evaluation.segment=128 evaluation.max_symbols=500 "
+    "logging.sample_tokens=0"
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -109,7 +112,7 @@ def test_the_compared_runs_differ_in_the_router_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_the_commands_run(tmp_path: Path) -> None:
     """In a copy of the project, with the page's file and entry: its tests, and its comparison on short runs."""
     for folder in ("s2moe", "launcher", "data_prep", "configs", "tests"):

@@ -29,7 +29,10 @@ Mix = Callable[[Tensor, RoutingContext], tuple[Tensor, Routing, dict[str, Tensor
 
 
 def watch(model: nn.Module) -> list[bool]:
-    """A list that gets, at every later pass through an SMoE layer, whether hidden states slightly off choose alike."""
+    """A list that gets, at every later pass through an SMoE layer, whether hidden states slightly off choose alike.
+
+    For passes over whole sequences: the past in a cache is no part of the question.
+    """
     clear: list[bool] = []
     for layer in model.modules():
         if isinstance(layer, SMoELayer):
@@ -67,5 +70,5 @@ def _choices(layer: SMoELayer, mix: Mix, hidden_TD: Tensor, context: RoutingCont
     """Tokens and experts of the assignments that the router made, and of the layer's own where those are others."""
     made: list[Routing] = []
     with layer.router.register_forward_hook(lambda _module, _given, routing: made.append(routing)):
-        made.append(mix(hidden_TD, replace(context, first_pass={}))[1])
+        made.append(mix(hidden_TD, replace(context, first_pass={}, history=None))[1])
     return [numbers_N for routing in made for numbers_N in (routing.token_N, routing.expert_N)]
