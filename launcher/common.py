@@ -139,7 +139,7 @@ def train_and_report(
     stop_processes(together=result.signalled)
     if processes.is_main:
         if result.finished:
-            print(report(config, result), flush=True)
+            print(result.note or report(config, result), flush=True)
         else:
             cause = f"stopped by {_name(stop_signal())}" if result.signalled else "time is up"
             print(result.timing)

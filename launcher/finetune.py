@@ -24,9 +24,14 @@ Settings come from the YAML file and, on top of it, from section.key=value argum
     ... optimizer.factors.layer_decay=0.9 optimizer.factors.head=5          learning rates by depth
     ... data.max_texts=500 training.epochs=1 name=trial         a quick look
 
+--dry-run checks settings, texts, weights and the run's directory, prints texts, parameters and steps, and writes
+nothing: files of the task that are not there yet are not downloaded. WORLD_SIZE says for how many processes.
+
 A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ after every epoch and, when it is
 finished, results.json with the test accuracy of the epoch that was best on the validation split, and hf/ with its
-model. Started again with the same command, it continues from its newest complete checkpoint.
+model. Started again with the same command, it continues from its newest complete checkpoint; a finished run says that
+it is, and is not trained again. A directory that something else made, another kind of run for instance, is refused
+with nothing touched.
 
 Exit status: 0 finished, 2 a setting or the data is wrong, 3 the loss was not finite, 75 stopped by a signal: to be
 started again.
@@ -37,42 +42,56 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # importing takes a while: a request to stop waits for s2moe.training.signals
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
+if TYPE_CHECKING:
+    from s2moe.config.finetune import FinetuneConfig
+
 try:
-    from launcher.common import Parser, fail, leave, prepare_environment, run
+    from launcher.common import fail, leave, prepare_environment, print_help, run, run_parser
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import Parser, fail, leave, prepare_environment, run
+    from launcher.common import fail, leave, prepare_environment, print_help, run, run_parser
 
 prepare_environment()
 
 
 def main(arguments: list[str]) -> None:
     """Read the settings, then explain or fine-tune, and report."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--help", "-h", action="store_true")
-    parser.add_argument("--local_rank", "--local-rank", type=int)  # given by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_intermixed_args(arguments)
+    options = run_parser().parse_intermixed_args(arguments)
     from s2moe.config import load
     from s2moe.config.finetune import FinetuneConfig
 
     if options.help:
         from s2moe.config.help import help_text
 
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(f"{__doc__}\n{help_text(FinetuneConfig)}")
+        print_help(f"{__doc__}\n{help_text(FinetuneConfig)}")
         return
     if options.config is None:
         fail("error: --config is missing; for example --config configs/finetune/sst2.yaml (--help explains)", 2)
     config = load(FinetuneConfig, options.config, options.overrides)
+    if options.dry_run:
+        dry_run(config)
+    else:
+        train(config)
 
+
+def dry_run(config: FinetuneConfig) -> None:
+    """Print what the run would do on `WORLD_SIZE` processes (default: one copy of the experts)."""
+    from s2moe.finetuning.plan import plan
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(plan(config, int(os.environ.get("WORLD_SIZE", config.training.expert_parallel))))
+
+
+def train(config: FinetuneConfig) -> None:
+    """Fine-tune, and report."""
     from s2moe.finetuning.run import finetune
     from s2moe.training.processes import start_processes, stop_processes
+    from s2moe.training.run_directory import finished_text
     from s2moe.training.signals import STOPPED, catch_stop_signals
 
     catch_stop_signals()
@@ -85,6 +104,8 @@ def main(arguments: list[str]) -> None:
         leave(STOPPED)
     if processes.is_main:
         values = result.results
+        if result.finished_before:
+            print(finished_text(result.directory, f"after {result.step:,} steps"))
         print(
             f"\n{values['task']}: test accuracy {100 * values['test_accuracy']:.2f} % "
             f"({values['texts']['test']:,} texts), at the best validation accuracy, "

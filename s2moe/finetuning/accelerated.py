@@ -65,6 +65,7 @@ def save_state(accelerator: Accelerator, model: nn.Module, directory: Path | str
     target = Path(directory) / f"{STATE}-{step}"
     if accelerator.is_main_process:
         (target / COMPLETE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()  # before anything of it is overwritten
     accelerator.save_state(str(target))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

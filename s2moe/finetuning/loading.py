@@ -55,7 +55,7 @@ def load_pretrained(
     """
     weights = find_weights(Path(path))
     config = changed_config(weights, changes or {})
-    cls = _class_for(cls, config, weights)
+    cls = class_for(cls, config, weights)
     with without_zero3():
         model = cls(config, parallel)
     if weights.hf is not None and model.can_generate() and (weights.hf / GENERATION_CONFIG_NAME).is_file():
@@ -81,7 +81,7 @@ def load_pretrained(
     return model
 
 
-def _class_for(cls: Any, config: PreTrainedConfig, weights: Weights) -> Any:
+def class_for(cls: Any, config: PreTrainedConfig, weights: Weights) -> Any:
     """The class of model with this configuration that an Auto class stands for."""
     found = cls._model_mapping.get(type(config), None) if hasattr(cls, "_model_mapping") else cls
     if found is None or found.config_class is not type(config):

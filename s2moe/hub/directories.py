@@ -24,7 +24,7 @@ def upcycle_directory(source: Path, target: Path, **options: Any) -> Path:
     """Write the model of ``source`` with SMoE layers to ``target``; options as those of ``upcycle``.
 
     Raises:
-        ValueError: there is no such model, it cannot be upcycled, or ``target`` exists.
+        ValueError: there is no such model, it cannot be upcycled, or ``target`` holds something.
     """
     return _convert(source, target, lambda model: upcycle(model, **options), "upcycled from")
 
@@ -47,7 +47,7 @@ def require_language_model(directory: Path) -> None:
 
 
 def _convert(source: Path, target: Path, change: Callable[[PreTrainedModel], PreTrainedModel], how: str) -> Path:
-    if target.exists():
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists: give another directory")
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is no Hugging Face directory: it has no config.json")

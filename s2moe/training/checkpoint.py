@@ -36,6 +36,7 @@ from .writing import BackgroundWriter, Writer, digest, sync
 MANIFEST = "manifest.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # converters that DeepSpeed adds, blind to spread experts
+REMOVED = f"{TEMPORARY}removed-"  # a checkpoint that is being deleted
 UNIVERSAL = "universal-"  # a checkpoint's universal form beside it, while a run changes its shape
 
 
@@ -103,7 +104,7 @@ class Pending:
             if rank() == 0:
                 publish(self.temporary, self.final, self.state, {name: file.digest for name, file in written.items()})
                 for checkpoint in list_complete(self.final.parent)[: -self.keep]:
-                    _remove(checkpoint.path)
+                    remove(checkpoint.path)
                 remove_universal(self.final.parent)  # the run has gone on in its new shape
         except OSError as error:
             failures.append(str(error))
@@ -338,7 +339,7 @@ def remove_universal(directory: Path, but: Checkpoint | None = None) -> None:
     """Remove the universal forms of checkpoints, except that of one. For one process."""
     for path in directory.glob(f"{UNIVERSAL}*"):
         if but is None or path.name != f"{UNIVERSAL}{but.path.name}":
-            _remove(path)
+            remove(path)
 
 
 def _candidates(directory: Path) -> list[Path]:
@@ -353,7 +354,7 @@ def publish(
     """Turn the written files into a checkpoint. In one process; `digests` of the files as far as they are known."""
     _write_manifest(temporary, state, digests, universal)
     if final.exists():  # a damaged one
-        _remove(final)
+        remove(final)
     os.rename(temporary, final)
     sync(final.parent)
     for script in _SCRIPTS:
@@ -390,8 +391,14 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a directory so that, killed half-way, it does not look like a checkpoint."""
-    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
+    doomed = path.with_name(f"{REMOVED}{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_half_removed(directory: Path, prefix: str) -> None:
+    """Delete the rest of the checkpoints whose names begin with `prefix`, whose deletion was cut short."""
+    for path in directory.glob(f"{REMOVED}{prefix}*"):
+        shutil.rmtree(path, ignore_errors=True)

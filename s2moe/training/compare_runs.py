@@ -17,6 +17,7 @@ from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.sizes import model_sizes
 
 from . import metrics_log
+from .run_directory import report_directory
 from .slim import distinct_labels
 from .weights import checkpoint_config, find_weights
 
@@ -45,10 +46,10 @@ def compare_runs(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     report = {"corpus": first["corpus"], "symbol": first["symbol"], "runs": runs}
     files = [out / name for name in (REPORT_FILE, TABLE_FILE, FIGURE_FILE)]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        files[1].write_text(table(report), encoding="utf-8")
-        draw(files[2], report)
+        with report_directory(out, REPORT_FILE, (TABLE_FILE, FIGURE_FILE)):
+            files[0].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            files[1].write_text(table(report), encoding="utf-8")
+            draw(files[2], report)
     except OSError as error:
         raise ConfigError(f"cannot write the comparison to {out}: {error}") from error
     return report | {"files": [str(path) for path in files]}

@@ -21,6 +21,7 @@ class Job(ABC):
     """A run whose settings have been checked and whose data is open.
 
     Attributes:
+        kind: of run, as its directory names it: see run_directory.py.
         config: with the number of steps known.
         state: of a run that has not begun, with everything that a checkpoint must agree with.
         flops_per_unit: of training on one unit of the feed; 0 where it is not known.
@@ -28,6 +29,7 @@ class Job(ABC):
         symbol: what a figure per symbol is divided by; empty where there is none.
     """
 
+    kind: str
     config: RunConfig | VisionRunConfig
     state: TrainingState
     feed: Feed

@@ -24,6 +24,7 @@ from .initial import InitialWeights
 from .job import Job
 from .live_probe import LiveProbe, take_probe_set
 from .processes import Processes
+from .run_directory import PRETRAINING
 from .run_log import RunLog
 
 
@@ -34,6 +35,7 @@ class LanguageJob(Job):
         ConfigError, CorpusError: a setting or the data does not allow it.
     """
 
+    kind = PRETRAINING
     config: RunConfig
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:

@@ -30,7 +30,8 @@ from . import metrics_log
 from .export import HF_DIRECTORY
 from .probe import LayerProbe, ProbeSet, cross_layer, probe, warnings
 from .probe_files import PROBES, Assignments, changes, read_all
-from .report_plots import draw_report
+from .report_plots import PICTURES, draw_report
+from .run_directory import report_directory, require_reportable
 from .slim import slimmability
 from .standalone import load_model_and_split, protocol_of
 from .weights import Weights
@@ -52,6 +53,7 @@ def report_collapse(options: argparse.Namespace) -> dict[str, Any]:
     out = options.out or (run / "collapse" if run is not None else None)
     if out is None:
         raise ConfigError(f"{loaded.weights.description} is not in a run directory: say where to write with --out")
+    require_reportable(out, REPORT_FILE, PICTURES)
     loads = [training_events(directory) for directory in _runs(run, options.against)]
     model, moe = loaded.model, loaded.model.config.moe_config()
     window = training_length(run) or model.config.max_position_embeddings
@@ -234,9 +236,9 @@ def _layer(layer: LayerProbe) -> dict[str, Any]:
 
 def _write(out: Path, report: dict[str, Any], layers: Sequence[LayerProbe]) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / REPORT_FILE).write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        draw_report(out, report)
+        with report_directory(out, REPORT_FILE, PICTURES):
+            (out / REPORT_FILE).write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+            draw_report(out, report)
     except OSError as error:
         raise ConfigError(f"cannot write the report to {out}: {error}") from error
 

@@ -20,6 +20,12 @@ SIMILARITIES = {
 }
 
 
+PICTURES = tuple(
+    f"{name}.png"
+    for name in ("load", "spectrum", "similarity", "coselection", "slimmability", "fluctuation", "consistency")
+)
+
+
 def draw_report(out: Path, report: dict[str, Any]) -> list[Path]:
     """Write a picture of each part that the report has; those of an earlier report go. Returns their paths."""
     drawers: dict[str, Callable[[dict[str, Any]], Any]] = {

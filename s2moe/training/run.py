@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,18 @@ from .processes import Processes
 from .ranks import from_first
 from .replicas import require_equal_replicas
 from .reshape import in_shape_of
-from .run_lock import locked
+from .run_directory import (
+    SETTINGS_FILE,
+    Maker,
+    claimed,
+    exported_step,
+    finished_text,
+    maker_of,
+    read_settings,
+    require_leavings,
+    require_own_model,
+    sign,
+)
 from .run_log import RunLog
 from .timing import Timing
 from .timing_table import timing_table
@@ -52,6 +63,7 @@ class Result:
     hf: Path | None
     timing: str = ""  # where the time went, as a table; of the first process
     signalled: bool = False  # stopped by a signal
+    note: str = ""  # for the user, where the run had finished before and nothing was done
 
 
 def pretrain(config: RunConfig, processes: Processes) -> Result:
@@ -67,8 +79,8 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
     """Train what `open_job` opens, continuing from the newest complete checkpoint if there is one. Collective.
 
     Raises:
-        ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run, another start of it
-            goes on, or a process does not see its directory.
+        ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run, its directory holds
+            something else, another start of it goes on, or a process does not see its directory.
         TrainingError: the loss is not finite, a checkpoint cannot be written, processes have diverged.
         LostProcessError: another process is gone.
     """
@@ -80,9 +92,9 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
             job = open_job()
         watchdog.state = job.state
         require_same_settings(job.state, processes)
-        with locked(job.config.directory, processes):
+        with claimed(job.config.directory, job.kind, processes):
             result = _train(job, processes, watchdog)
-    if result.finished and processes.is_main:
+    if result.finished and not result.note and processes.is_main:
         draw_run(result.directory)  # nobody waits for it
     return result
 
@@ -91,9 +103,14 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     config, state = job.config, job.state
     directory = config.directory
     with watchdog.phase("reading the checkpoint"):
-        latest = prepare_directory(config, state, processes, watchdog.move)
+        start = choose_start(job, processes, watchdog.move)
+        latest = start.checkpoint
         if latest is not None:
             source = in_shape_of(latest, state, processes, watchdog.move)
+    if start.finished is not None:
+        state.step = start.finished
+        note = finished_text(directory, f"at step {state.step:,}")
+        return Result(directory, True, state, None, directory / HF_DIRECTORY, note=note)
     initial = None
     if latest is None and config.init.weights is not None:
         with together(processes):
@@ -103,6 +120,7 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     if latest is not None:
         saved = checkpoints.restore(engine, source, state)
         state.step, state.samples, state.tokens, state.seconds = saved.step, saved.samples, saved.tokens, saved.seconds
+    _from_main(processes, lambda: take_over(job, latest))
     log = RunLog(config, directory, state.step, processes.is_main, job.symbol)
     if latest is not None:
         changes = changes_of_shape(config, latest.state, state, job.sample)
@@ -163,20 +181,24 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     return Result(directory, True, state, score, hf, table)
 
 
-def prepare_directory(
-    config: RunConfig | VisionRunConfig,
-    state: TrainingState,
-    processes: Processes,
-    progress: Callable[[], None] = lambda: None,
-) -> Checkpoint | None:
-    """Clean up after an earlier process, choose the checkpoint to continue from, write config.yaml. Collective.
+@dataclass(frozen=True)
+class Start:
+    """The `checkpoint` to continue from; or the step that a run is `finished` at, of which no checkpoint is left."""
+
+    checkpoint: Checkpoint | None = None
+    finished: int | None = None
+
+
+def choose_start(job: Job, processes: Processes, progress: Callable[[], None] = lambda: None) -> Start:
+    """Choose the checkpoint to continue from, if there is one; half-written ones go, nothing else. Collective.
 
     A checkpoint whose files have not the checksums that were written is passed over, like one without all its files.
 
     Raises:
-        ConfigError: `checkpoint.resume` forbids or demands a checkpoint, all are damaged, or the newest one is of
-            another run or beyond `training.steps`.
+        ConfigError: `checkpoint.resume` forbids or demands a checkpoint, all are damaged, the newest one is of
+            another run or beyond `training.steps`, or beginning anew would replace what this run did not make.
     """
+    config, state = job.config, job.state
     folder, damaged = config.directory / "checkpoints", set[Path]()
     if processes.is_main:
         checkpoints.remove_temporary(folder)
@@ -192,8 +214,10 @@ def prepare_directory(
             damaged.add(latest.path)
     if latest is not None and latest.digests is None:
         _warn(f"{latest.path} is older than checksums: only the sizes of its files were checked", processes)
-    _from_main(processes, lambda: _prepare(config, state, latest))
-    return latest
+    if latest is None:
+        return Start(finished=_from_main(processes, lambda: _finished_before(job)))
+    _from_main(processes, lambda: _require_continuable(config, state, latest))
+    return Start(latest)
 
 
 def _from_main(processes: Processes, work: Callable[[], Any]) -> Any:
@@ -233,25 +257,57 @@ def _choose(config: RunConfig | VisionRunConfig, folder: Path, damaged: set[Path
     return latest
 
 
-def _prepare(config: RunConfig | VisionRunConfig, state: TrainingState, latest: Checkpoint | None) -> None:
-    directory = config.directory
+def _require_continuable(config: RunConfig | VisionRunConfig, state: TrainingState, latest: Checkpoint) -> None:
+    checkpoints.require_same(latest, state)
+    assert config.training.steps is not None
+    if latest.state.step > config.training.steps:
+        raise ConfigError(
+            f"training.steps: {latest.path} is beyond it, got {config.training.steps}: "
+            f"ask for at least {latest.state.step} steps, or start a new run with another name=..."
+        )
+    require_own_model(config.directory, config.name)
+
+
+def _finished_before(job: Job) -> int | None:
+    """The step of the finished run of which no checkpoint is left, or None where the run may begin.
+
+    Raises:
+        ConfigError: neither: what is there is another run's, or is to go on, for which there is no checkpoint.
+    """
+    config, now = job.config, job.state
+    directory, hf = config.directory, config.directory / HF_DIRECTORY
+    step = exported_step(hf)
+    if step is None or maker_of(directory) != Maker(job.kind, config.name):
+        require_leavings(directory, job.kind, config.name)
+        return None
+    before = read_settings(directory)
+    precision = before.get("training", {}).get("precision", "")
+    made = replace(now, step=step, seed=before.get("seed", 0), precision=precision, config=before)
+    checkpoints.require_same(Checkpoint(hf, made), now)
+    assert config.training.steps is not None
+    if step < config.training.steps:
+        raise ConfigError(
+            f"{hf} is of step {step:,}, and no checkpoint is left to continue from to step "
+            f"{config.training.steps:,}: choose another name=... (with init.weights={hf} to begin with its weights), "
+            f"or remove {directory} to start anew"
+        )
+    return step
+
+
+def take_over(job: Job, latest: Checkpoint | None) -> None:
+    """Say whose the directory is, and remove what an earlier start left that this one makes anew."""
+    directory = job.config.directory
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        sign(directory, job.kind, job.config.name)
         if latest is not None:
-            checkpoints.require_same(latest, state)
-            assert config.training.steps is not None
-            if latest.state.step > config.training.steps:
-                raise ConfigError(
-                    f"training.steps: {latest.path} is beyond it, got {config.training.steps}: "
-                    f"ask for at least {latest.state.step} steps, or start a new run with another name=..."
-                )
             remove_after(directory / PROBES, latest.state.step)
         else:  # nothing of an earlier attempt counts
             for name in ("tensorboard", HF_DIRECTORY, PROBES):
                 shutil.rmtree(directory / name, ignore_errors=True)
             (directory / CURVES_FILE).unlink(missing_ok=True)
         checkpoints.remove_universal(directory / "checkpoints", but=latest)
-        (directory / "config.yaml").write_text(to_yaml(state.config), encoding="utf-8")
+        (directory / SETTINGS_FILE).write_text(to_yaml(job.state.config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the run directory {directory}: {error}") from error
 

@@ -25,7 +25,8 @@ from s2moe.models.macs import conventions, inference_macs, mean_positions
 
 from .evaluation import Protocol, evaluate
 from .hardware import device_name
-from .slim_report import write_report
+from .run_directory import require_reportable
+from .slim_report import FILES, write_report
 from .standalone import Loaded, load_model_and_split, protocol_of
 from .stopwatch import Timing, stopwatch, take_turns
 
@@ -70,6 +71,7 @@ def compare_slim(options: argparse.Namespace) -> dict[str, Any]:
         ConfigError, CorpusError: something is missing, does not fit together or makes no sense.
     """
     out = options.out or default_out(options.checkpoint)
+    require_reportable(out, *FILES)
     labels = distinct_labels(options.checkpoint)
     scored = []
     for label, path in tqdm(list(zip(labels, options.checkpoint, strict=True)), desc="checkpoints", **_bar(labels)):

@@ -10,7 +10,10 @@ from s2moe import drawing
 from s2moe.config import ConfigError
 from s2moe.data.units import unit_of
 
+from .run_directory import report_directory
+
 REPORT_FILE, TABLE_FILE, FIGURE_FILE = "slim.json", "slim.md", "slim.png"
+FILES = (REPORT_FILE, (TABLE_FILE, FIGURE_FILE))
 
 
 def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
@@ -21,10 +24,10 @@ def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
     """
     paths = [out / name for name in (REPORT_FILE, TABLE_FILE, FIGURE_FILE)]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        paths[0].write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        paths[1].write_text(table(report), encoding="utf-8")
-        draw(paths[2], report)
+        with report_directory(out, *FILES):
+            paths[0].write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+            paths[1].write_text(table(report), encoding="utf-8")
+            draw(paths[2], report)
     except OSError as error:
         raise ConfigError(f"cannot write the report to {out}: {error}") from error
     return paths

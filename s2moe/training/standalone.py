@@ -17,8 +17,9 @@ from s2moe.models import S2MoEForCausalLM
 
 from .checkpoint import Checkpoint, find_latest, verify
 from .evaluation import Protocol, evaluate
-from .export import HF_DIRECTORY, require_replaceable, write_hf
+from .export import HF_DIRECTORY, write_hf
 from .reshape import reshape
+from .run_directory import new_model
 from .weights import Weights, checkpoint_config, checkpoint_state, find_weights, load_weights
 
 NEWLINE = 10
@@ -194,9 +195,9 @@ def export_checkpoint(source: Path, target: Path | None, data: Path | None) -> P
     checkpoint = _checkpoint_of(source)
     run_directory = checkpoint.path.parent.parent
     target = target or run_directory / HF_DIRECTORY
-    require_replaceable(target)
-    corpus = Corpus.open(data or checkpoint.state.config["data"]["dir"])
-    origin = {"run": run_directory.name, "step": checkpoint.state.step}
-    config, weights = checkpoint_config(checkpoint), checkpoint_state(checkpoint)
-    write_hf(config, weights, target, corpus.tokenizer, origin, run_directory)
+    with new_model(target, run_directory.name, run_directory, checkpoint.state.step):
+        corpus = Corpus.open(data or checkpoint.state.config["data"]["dir"])
+        origin = {"run": run_directory.name, "step": checkpoint.state.step}
+        config, weights = checkpoint_config(checkpoint), checkpoint_state(checkpoint)
+        write_hf(config, weights, target, corpus.tokenizer, origin, run_directory)
     return target

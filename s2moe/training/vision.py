@@ -32,6 +32,7 @@ from .image_evaluation import ImageScore, evaluate_images
 from .job import Job
 from .processes import Processes
 from .run import Result, train
+from .run_directory import VISION
 from .run_log import RunLog
 from .vision_initial import VisionWeights
 
@@ -93,6 +94,7 @@ class VisionJob(Job):
         ConfigError, CorpusError: a setting or the data does not allow it.
     """
 
+    kind = VISION
     config: VisionRunConfig
     sample = "images"
 
@@ -182,7 +184,7 @@ class VisionJob(Job):
             with torch.device("meta"):
                 model = build_model(self.config, self.model_config, parallel=False)
             origin = {"run": directory.name, "step": step, "images": self._images.name}
-            write_model(model, state, directory / HF_DIRECTORY, origin)
+            write_model(model, state, directory / HF_DIRECTORY, origin, run_directory=directory)
         if dist.is_initialized():
             dist.barrier()
         return directory / HF_DIRECTORY

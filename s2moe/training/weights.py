@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from s2moe.parallel.deepspeed_compat import REST, CheckpointFileError, load_file
 
 from .checkpoint import MANIFEST, Checkpoint, find_latest, open_checkpoint
 from .engine import DTYPES
-from .export import HF_DIRECTORY, ORIGIN_FILE
+from .export import HF_DIRECTORY
 from .quiet import no_progress_bars
+from .run_directory import exported_step
 
 _EXPERT_KEY = re.compile(r"(.*\.experts\.w[123])\.(\d+)")
 
@@ -68,7 +68,7 @@ def find_weights(path: Path) -> Weights:
         return Weights(checkpoint=open_checkpoint(path))
     latest = find_latest(path / "checkpoints")
     hf = path / HF_DIRECTORY
-    if (hf / "config.json").is_file() and (latest is None or _step_of(hf) >= latest.state.step):
+    if (hf / "config.json").is_file() and (latest is None or (exported_step(hf) or 0) >= latest.state.step):
         return Weights(hf=hf)
     if latest is None:
         raise ConfigError(
@@ -154,10 +154,3 @@ def _file_state(path: Path) -> dict[str, Tensor]:
     for name, tensors in experts.items():
         state[name] = torch.stack([tensors[index] for index in range(len(tensors))])
     return state
-
-
-def _step_of(hf: Path) -> int:
-    try:
-        return int(json.loads((hf / ORIGIN_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0

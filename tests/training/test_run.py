@@ -21,6 +21,7 @@ from s2moe.training.evaluation import Score
 from s2moe.training.metrics_log import read
 from s2moe.training.report import report
 from s2moe.training.run import Result, changes_of_shape
+from s2moe.training.run_directory import PRETRAINING, sign
 from s2moe.training.weights import Weights, find_weights, load_weights
 from tests.distributed_harness import run_distributed
 from tests.run_logs import reproducible_events
@@ -53,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_the_convention_says(finished: Path) -> None:
     directory = finished / "runs" / "whole"
-    names = {"config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints", "hf"}
+    names = {"run.json", "config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints", "hf"}
     assert {path.name for path in directory.iterdir()} == names
     resolved = load(RunConfig, directory / "config.yaml")
     assert resolved.model["vocab_size"] == 256
@@ -290,6 +291,7 @@ def test_fewer_steps_than_done_are_refused(finished: Path) -> None:
 def test_results_of_an_attempt_without_checkpoint_go(finished: Path) -> None:
     directory = finished / "runs" / "again"
     (directory / "hf").mkdir(parents=True)
+    sign(directory, PRETRAINING, "again")
     (directory / "curves.png").write_text("old")
     assert not run(finished, "name=again", "training.stop_after_minutes=1e-9")["finished"]
     assert not (directory / "hf").exists()
