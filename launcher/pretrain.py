@@ -14,7 +14,9 @@ Settings come from the YAML file and, on top of it, from section.key=value argum
     ... --config ... model.moe.router.balance_loss=0                         a router's own option
 
 A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when it is
-finished, hf/. Started again with the same command, it continues from its newest complete checkpoint.
+finished, hf/. Started again with the same command, it continues from its newest complete checkpoint. A directory that
+something else made (another kind of run, another run, you) is refused with nothing touched; a finished run of which no
+checkpoint is left says that it is finished.
 
 What would it cost? --dry-run prints parameters, memory per process and FLOPs and allocates nothing:
 

@@ -13,7 +13,9 @@ Settings come from the YAML file and, on top of it, from section.key=value argum
     ... --config ... training.epochs=1 optimizer.lr=3e-4
 
 A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when it is finished,
-evaluation.json and hf/. Started again with the same command, it continues from its newest complete checkpoint.
+evaluation.json and hf/. Started again with the same command, it continues from its newest complete checkpoint. A
+directory that something else made (another kind of run, another run, you) is refused with nothing touched; a finished
+run of which no checkpoint is left says that it is finished.
 
 --dry-run opens the images, prints parameters and steps, and trains nothing. --list-sets and --list-kinds say which
 images and models there are.

@@ -23,10 +23,11 @@ from s2moe.training.report import report
 from s2moe.training.run import Result, changes_of_shape
 from s2moe.training.run_directory import PRETRAINING, sign
 from s2moe.training.weights import Weights, find_weights, load_weights
-from tests.distributed_harness import run_distributed
+from tests.distributed_harness import DistributedError, run_distributed
 from tests.run_logs import reproducible_events
 
-from .jobs import DISK, GRADIENT, tiny_run
+from . import vision_jobs
+from .jobs import DISK, GRADIENT, contents, tiny_run
 
 TRAIN, SAYING = "tests.training.jobs:train", "tests.training.jobs:train_saying"
 
@@ -113,6 +114,23 @@ def test_finished_run_started_again_only_reports(finished: Path) -> None:
     assert (answer["step"], answer["finished"]) == (6, True)
     assert answer["bpc"] == pytest.approx(before[-1]["val/bpc"])
     assert events(finished, "whole") == before
+
+
+def test_finished_run_without_checkpoints_says_so_and_other_runs_keep_off(finished: Path, tmp_path: Path) -> None:
+    directory = finished / "runs" / "whole"
+    kept = (directory / "checkpoints").rename(tmp_path / "checkpoints")
+    try:
+        before = contents(directory)
+        assert run(finished, "name=whole") == {"step": 6, "finished": True, "bpc": None}
+        assert (
+            "no checkpoint is left to continue from to step 7"
+            in run(finished, "name=whole", "training.steps=7")["error"]
+        )
+        with pytest.raises(DistributedError, match="whole is of a pre-training run, 'whole', and this is a vision run"):
+            run_distributed(vision_jobs.run, 1, str(finished / "runs"), {"name": "whole"})
+        assert contents(directory) == before
+    finally:
+        kept.rename(directory / "checkpoints")
 
 
 def test_damaged_newest_checkpoint_falls_back(finished: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ from s2moe.training.run_directory import (
 from s2moe.training.run_lock import locked, locked_alone
 from s2moe.training.tables import results
 
-from .jobs import TINY
+from .jobs import TINY, contents
 from .lock_jobs import ALONE
 from .vision_jobs import MIXTURE
 
@@ -194,12 +193,6 @@ FINETUNED = {  # differently: finished are those with results
     "the same of fewer steps": "finished",
     "another run's, finished": "finished",
 }
-
-
-def contents(place: Path) -> dict[str, str]:
-    """Checksums of all files."""
-    files = [path for path in [place, *place.rglob("*")] if path.is_file()]
-    return {str(path.relative_to(place.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("kind", KINDS)
