@@ -39,7 +39,8 @@ def plan(config: FinetuneConfig, world_size: int) -> str:
         pretrained.encoded(config, data)["train"][0]
     parameters = count_parameters(pretrained, config, classes)
     rows["model"] = f"{parameters:,} parameters with a head for {'2' if missing else len(classes)} classes"
-    batch = f"batches of {config.training.batch} texts: {world_size} processes x micro-batches of {micro_batch}"
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    batch = f"batches of {config.training.batch} texts: {processes} x micro-batches of {micro_batch}"
     if missing:
         rows["training"] = f"{config.training.epochs} epochs in {batch}"
     else:

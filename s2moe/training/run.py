@@ -228,6 +228,8 @@ def _from_main(processes: Processes, work: Callable[[], Any]) -> Any:
             answer = work()
         except ConfigError as error:
             answer = error
+        except OSError as error:
+            answer = ConfigError(str(error))
     answer = from_first(answer)
     if isinstance(answer, ConfigError):
         raise answer

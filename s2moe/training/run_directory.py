@@ -75,7 +75,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """The settings in its config.yaml as plain values; empty where that cannot be read."""
     try:
         found = yaml.safe_load((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -181,7 +181,7 @@ def present(directory: Path, names: Sequence[str]) -> list[str]:
 
 
 def _holds_something(path: Path) -> bool:
-    if path.is_symlink() or not path.is_dir():
+    if not path.is_dir():  # a link to an empty directory, on another disk perhaps, holds nothing
         return path.is_symlink() or path.exists()
     return any(not part.name.startswith(TEMPORARY) for part in path.iterdir())
 
@@ -235,7 +235,8 @@ def require_replaceable(
         raise ConfigError(f"{target} exists and is not an exported model: {remedy}")
     there, before = target.resolve(), _origin_run(target)
     owner = there.parent if there.name == HF_DIRECTORY and maker_of(there.parent) is not None else None
-    if before != name if owner is None or run is None else owner != run.resolve():
+    another = before != name if owner is None or run is None else owner != run.resolve()
+    if another:
         raise ConfigError(f"{target} holds a model of another run, {before!r}: {remedy}")
     last = exported_step(target)
     if step is not None and last is not None and last > step:

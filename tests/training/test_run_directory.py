@@ -154,12 +154,21 @@ def with_somebodys_model(directory: Path, kind: str) -> None:
     write(directory / "hf" / "model.safetensors")
 
 
+def linked(directory: Path, kind: str) -> None:
+    """Someone has made room on other disks."""
+    directory.mkdir()
+    for name in ("checkpoints", "hf"):
+        (directory.parent / f"disk of {name}").mkdir()
+        (directory / name).symlink_to(directory.parent / f"disk of {name}")
+
+
 OTHER = {PRETRAINING: FINETUNING, VISION: PRETRAINING, FINETUNING: PRETRAINING}  # kinds
 UNKNOWN = "and nothing says that a run made it"
 FOUND: dict[str, tuple[Callable[[Path, str], Any], str]] = {  # and what becomes of a run that finds it
     "nothing": (lambda d, kind: None, "begins"),
     "an empty directory": (lambda d, kind: d.mkdir(), "begins"),
     "files of other names": (lambda d, kind: write(d / "notes" / "thesis.txt"), "begins"),
+    "links to empty directories": (linked, "begins"),
     "its own start without a checkpoint": (begun, "begins"),
     "the same, older than run.json": (lambda d, kind: begun(d, kind, signed=False), "begins"),
     "its own, unfinished": (checkpointed, "continues"),
