@@ -19,7 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,14 +42,14 @@ from s2moe.training.writing import sync
 from .adapters import adapted_expert, freeze_what_an_adapter_leaves, is_adapter
 from .callback import RoutingCallback, mean_figures
 from .optimizer import parameter_groups
+from .reading import SafeReading
 
-Base: Any = Trainer if TYPE_CHECKING else object  # what the mixin is mixed into
 COMPLETE = (
     "s2moe_checkpoint.json"  # written last into a checkpoint: how the run was spread, and that all of it is there
 )
 
 
-class S2MoETrainerMixin(Base):
+class S2MoETrainerMixin(SafeReading):
     """For a Trainer class of one's own: ``class Mine(S2MoETrainerMixin, Trainer)``. See S2MoETrainer.
 
     Args:
@@ -253,7 +253,8 @@ class S2MoETrainerMixin(Base):
         """As the Trainer's. With True it continues from the newest complete checkpoint.
 
         Raises:
-            ConfigError: the checkpoint is not complete, or was written by a run that was spread otherwise.
+            ConfigError: the checkpoint is not complete, was written by a run that was spread otherwise, cannot be read,
+                or would run code.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)

@@ -76,7 +76,7 @@ def write(directory: Path, assignments: Assignments) -> Path:
 
 
 def read(path: Path) -> Assignments:
-    """One file. Raises ConfigError where it is damaged."""
+    """One file, of which nothing is executed. Raises ConfigError where it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             found = Assignments(
