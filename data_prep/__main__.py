@@ -12,6 +12,7 @@ from typing import NoReturn
 from data_prep import embedded, enwik8, text, text8, wikitext103
 from data_prep.build import Output
 from s2moe.data.errors import CorpusError
+from s2moe.output import flush_output, guard_output
 from s2moe.places import DATA_PREP
 
 CORPORA = {"text8": text8, "enwik8": enwik8, "wikitext103": wikitext103, "text": text, "embedded": embedded}
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Output(arguments.out, arguments.force, command)
     try:
         CORPORA[arguments.corpus].run(arguments, output)
+        flush_output()
     except CorpusError as error:
         problem = str(error)
     except OSError as error:  # a full disk, missing permission
@@ -73,4 +75,5 @@ def build_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

@@ -33,8 +33,11 @@ model. Started again with the same command, it continues from its newest complet
 it is, and is not trained again. A directory that something else made, another kind of run for instance, is refused
 with nothing touched.
 
-Exit status: 0 finished, 2 a setting or the data is wrong, 3 the loss was not finite, 75 stopped by a signal: to be
-started again.
+SIGTERM, SIGUSR1, Ctrl-C and a closed terminal save a checkpoint at the end of the step and stop the run. A second
+Ctrl-C ends it at once.
+
+Exit status: 0 finished, 2 a setting or the data is wrong, 3 the loss was not finite, or a disk is full, 75 stopped by a
+signal: to be started again, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -51,10 +54,10 @@ if TYPE_CHECKING:
     from s2moe.config.finetune import FinetuneConfig
 
 try:
-    from launcher.common import fail, leave, prepare_environment, print_help, run, run_parser
+    from launcher.common import fail, leave, prepare_environment, run, run_parser
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, leave, prepare_environment, print_help, run, run_parser
+    from launcher.common import fail, leave, prepare_environment, run, run_parser
 
 prepare_environment()
 
@@ -68,7 +71,7 @@ def main(arguments: list[str]) -> None:
     if options.help:
         from s2moe.config.help import help_text
 
-        print_help(f"{__doc__}\n{help_text(FinetuneConfig)}")
+        print(f"{__doc__}\n{help_text(FinetuneConfig)}")
         return
     if options.config is None:
         fail("error: --config is missing; for example --config configs/finetune/sst2.yaml (--help explains)", 2)
@@ -82,19 +85,22 @@ def main(arguments: list[str]) -> None:
 def dry_run(config: FinetuneConfig) -> None:
     """Print what the run would do on `WORLD_SIZE` processes (default: one copy of the experts)."""
     from s2moe.finetuning.plan import plan
+    from s2moe.training.environment import number
 
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(plan(config, int(os.environ.get("WORLD_SIZE", config.training.expert_parallel))))
+    if number(os.environ, "RANK", 0) == 0:
+        print(plan(config, number(os.environ, "WORLD_SIZE", config.training.expert_parallel, least=1)))
 
 
 def train(config: FinetuneConfig) -> None:
     """Fine-tune, and report."""
     from s2moe.finetuning.run import finetune
+    from s2moe.output import output_is_spare
     from s2moe.training.processes import start_processes, stop_processes
     from s2moe.training.run_directory import finished_text
     from s2moe.training.signals import STOPPED, catch_stop_signals
 
     catch_stop_signals()
+    output_is_spare()
     processes = start_processes(config.training.timeout_minutes)
     result = finetune(config, processes)
     stop_processes(together=not result.results)

@@ -60,8 +60,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if not 0 < options.top_p <= 1:
         parser.error("--top-p is a probability above 0")
     if options.prompt == "-":
-        options.prompt = sys.stdin.read()
+        options.prompt = read_prompt(parser)
     return options
+
+
+def read_prompt(parser: Parser) -> str:
+    """All of standard input."""
+    if sys.stdin is None:
+        parser.error("- reads the prompt from standard input, which is closed: give the text itself, or pipe it in")
+    try:
+        return sys.stdin.read()
+    except (OSError, ValueError) as error:  # a directory; bytes that are no text
+        parser.error(f"- reads the prompt from standard input, which cannot be read: {error}")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ What would it cost? --dry-run prints parameters, memory per process and FLOPs an
 
 Every published method is one setting, model.moe.method=...; --list-methods says which there are.
 
-SIGTERM and SIGUSR1, to any process of the run, save a checkpoint at the end of the step and stop it.
+SIGTERM and SIGUSR1, to any process of the run, Ctrl-C and a closed terminal save a checkpoint at the end of the step
+and stop it. A second Ctrl-C ends it at once.
 
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
-3 the loss or the gradient was not finite, processes diverged, or a checkpoint could not be written,
-4 another process was lost, or nothing went on for training.timeout_minutes, 75 stopped by a signal: to be
-started again.
+3 the loss or the gradient was not finite, processes diverged, or a disk is full, 4 another process was lost, or
+nothing went on for training.timeout_minutes, 75 stopped by a signal: to be started again, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from s2moe.config.run import RunConfig
 
 try:
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 
 prepare_environment()
 
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
     if options.help:
         from s2moe.config.explain import explain
 
-        print_help(f"{__doc__}\n{explain()}")
+        print(f"{__doc__}\n{explain()}")
         return
     if options.list_methods:
         from s2moe.config.explain import list_methods

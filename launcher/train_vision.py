@@ -40,12 +40,12 @@ occlusion at five severities. mixture and snnl_moe: how alike experts are in wei
 class. vmoe: accuracy against compute, for many capacities, experts per token and priorities. vae: active experts, error
 by expert, probes, reconstructions.
 
-SIGTERM and SIGUSR1, to any process of a run, save a checkpoint at the end of the step and stop it.
+SIGTERM and SIGUSR1, to any process of a run, Ctrl-C and a closed terminal save a checkpoint at the end of the step
+and stop it. A second Ctrl-C ends it at once.
 
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
-3 the loss or the gradient was not finite, processes diverged, or a checkpoint could not be written,
-4 another process was lost, or nothing went on for training.timeout_minutes, 75 stopped by a signal: to be
-started again.
+3 the loss or the gradient was not finite, processes diverged, or a disk is full, 4 another process was lost, or
+nothing went on for training.timeout_minutes, 75 stopped by a signal: to be started again, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     from s2moe.config.vision import VisionRunConfig
 
 try:
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 
 prepare_environment()
 
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> None:
         from s2moe.config.help import help_text
         from s2moe.config.vision import VisionRunConfig, explain_kinds
 
-        print_help(f"{__doc__}\n{help_text(VisionRunConfig)}{explain_kinds()}")
+        print(f"{__doc__}\n{help_text(VisionRunConfig)}{explain_kinds()}")
     elif options.list_sets:
         from s2moe.data.images import IMAGE_SETS
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from s2moe.config import ConfigError
+from s2moe.disk import naming
 
 
 class MetricsLog:
@@ -21,17 +22,26 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
-        truncate(path, step)
+        with naming(path):
+            truncate(path, step)
+        events = read(path) if path.exists() else []
+        self._known = {(step, name) for event in events if event["step"] == step for name in event}
         self._file = path.open("a", encoding="utf-8")
+
+    def has(self, step: int, values: dict[str, Any]) -> bool:
+        """Whether an earlier start has written these figures of the step that the run continues from."""
+        return any((step, name) in self._known for name in values)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one event. A number that is not finite is written as null, which JSON has a word for."""
         event = {"step": step} | {key: _finite(value) for key, value in values.items()}
-        self._file.write(json.dumps(event, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(event, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 def truncate(path: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,14 @@ class RunLog:
             self._tensorboard.loads(step, layers)
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
-        """A log event of a validation.
+        """A log event of a validation; written once, also where a start repeats the last one of an earlier start.
 
         The closing one, of the whole split, has tags of its own in TensorBoard, where the curve of those of a part of
         the split would jump.
         """
         is_closing = self._part is not None and values.get("val/symbols", 0) > self._part
-        self._write(step, values, rename=(("val/", "val_whole/") if is_closing else ("", "")))
+        if self._metrics is not None and not self._metrics.has(step, values):
+            self._write(step, values, rename=(("val/", "val_whole/") if is_closing else ("", "")))
         self.say(f"step {step}: {format_figures(values, self._symbol)}{', of the whole split' if is_closing else ''}")
 
     def probe(self, step: int, values: dict[str, Any], matrices: Mapping[str, Sequence[Sequence[float]]]) -> None:
@@ -69,10 +71,11 @@ class RunLog:
             self._console.say(text)
 
     def close(self) -> None:
-        """Flush and close everything."""
-        for sink in (self._metrics, self._tensorboard, self._console):
-            if sink is not None:
-                sink.close()
+        """Flush and close everything; where one cannot be, the others all the same."""
+        with contextlib.ExitStack() as stack:
+            for sink in (self._metrics, self._tensorboard, self._console):
+                if sink is not None:
+                    stack.callback(sink.close)
 
     def _images_due(self, step: int) -> bool:
         """Whether a multiple of `images_every` was passed since the last pictures."""
