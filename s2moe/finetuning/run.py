@@ -37,7 +37,7 @@ from s2moe.training.processes import Processes
 from s2moe.training.ranks import barrier
 from s2moe.training.run_directory import FINETUNING, ORIGIN_FILE, claimed, write_json
 from s2moe.training.run_log import layer_figures
-from s2moe.training.signals import stop_signal
+from s2moe.training.signals import losing, loss, stop_signal
 from s2moe.training.tensorboard import TensorBoard
 
 from .callback import RoutingCallback
@@ -45,7 +45,7 @@ from .loading import load_pretrained
 from .opening import Pretrained, load_data
 from .start import RESULTS_FILE, choose_start, take_over
 from .tokenizer import TheirTokenizer, save_for_auto
-from .trainer import S2MoETrainer, cpu_processes, deepspeed_settings, step_of
+from .trainer import S2MoETrainer, cpu_processes, deepspeed_settings, newest_checkpoint, step_of
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 NAMES = {
@@ -112,7 +112,8 @@ def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=start.checkpoint)
+            with losing(lambda: loss(trainer.state.global_step, _saved(config))):
+                trainer.train(resume_from_checkpoint=start.checkpoint)
             step = trainer.state.global_step
             if stopping.stopped and step < trainer.state.max_steps:
                 return FinetuneResult(config.directory, step, {})
@@ -154,6 +155,12 @@ def require_best(trainer: S2MoETrainer) -> None:
             f"the best epoch was that of step {best}, and {trainer.args.output_dir} has no complete checkpoint of it: "
             "bring it back, or choose another name=... to train anew"
         )
+
+
+def _saved(config: FinetuneConfig) -> int | None:
+    """The step of the newest complete checkpoint."""
+    newest = newest_checkpoint(config.directory / "checkpoints")
+    return None if newest is None else step_of(newest)
 
 
 def training_arguments(config: FinetuneConfig, processes: Processes, micro_batch: int) -> TrainingArguments:

@@ -81,13 +81,14 @@ class Checkpoint:
 
 @dataclass
 class Pending:
-    """A checkpoint whose files are being written."""
+    """A checkpoint whose files are being written. `saved` is the step of the newest complete one."""
 
     temporary: Path
     final: Path
     state: TrainingState
     keep: int
     writer: Writer
+    saved: int | None = None
 
     def publish(self) -> Path:
         """Wait for the files of all processes and make a checkpoint of them. Collective.
@@ -97,8 +98,8 @@ class Pending:
                 one has written. Older checkpoints stay as they were.
         """
         self.writer.wait()
-        written = require_success(self.writer.failures, self.writer.digests, self.temporary)
-        require_seen(self.temporary, written)
+        written = require_success(self.writer.failures, self.writer.digests, self.temporary, self.saved)
+        require_seen(self.temporary, written, self.saved)
         failures = []
         try:
             if rank() == 0:
@@ -108,22 +109,27 @@ class Pending:
                 remove_universal(self.final.parent)  # the run has gone on in its new shape
         except OSError as error:
             failures.append(str(error))
-        require_success(failures, {}, self.temporary)
+        require_success(failures, {}, self.temporary, self.saved)
         return self.final
 
 
-def save(engine: Any, directory: Path, state: TrainingState, keep: int) -> Path:
+def save(engine: Any, directory: Path, state: TrainingState, keep: int, saved: int | None = None) -> Path:
     """Write a checkpoint of all processes and drop the oldest beyond `keep`. Collective.
 
     Returns the directory of the new checkpoint, which exists only if it is complete.
 
+    Args:
+        saved: step of the newest complete checkpoint so far, for messages.
+
     Raises:
         TrainingError: on every process, when one of them cannot write. Older checkpoints stay as they were.
     """
-    return begin(engine, directory, state, keep, Writer()).publish()
+    return begin(engine, directory, state, keep, Writer(), saved).publish()
 
 
-def begin(engine: Any, directory: Path, state: TrainingState, keep: int, writer: Writer) -> Pending:
+def begin(
+    engine: Any, directory: Path, state: TrainingState, keep: int, writer: Writer, saved: int | None = None
+) -> Pending:
     """Give the files of a checkpoint to `writer`. Collective."""
     temporary = directory / f"{TEMPORARY}step-{state.step}"
     if rank() == 0:
@@ -131,7 +137,7 @@ def begin(engine: Any, directory: Path, state: TrainingState, keep: int, writer:
     barrier()
     with writer.of(engine):
         engine.save_checkpoint(str(directory), tag=temporary.name, client_state=asdict(state), save_latest=False)
-    return Pending(temporary, directory / f"step-{state.step:08d}", replace(state), keep, writer)
+    return Pending(temporary, directory / f"step-{state.step:08d}", replace(state), keep, writer, saved)
 
 
 class Saver:
@@ -139,9 +145,13 @@ class Saver:
 
     A checkpoint in writing is published at the first step boundary at which all processes have their files on the
     disk. Until then there is only its temporary directory.
+
+    Attributes:
+        saved: step of the newest complete checkpoint, None where there is none.
     """
 
-    def __init__(self, engine: Any, directory: Path, keep: int, asynchronous: bool) -> None:
+    def __init__(self, engine: Any, directory: Path, keep: int, asynchronous: bool, saved: int | None = None) -> None:
+        self.saved = saved
         self._engine, self._directory, self._keep, self._asynchronous = engine, directory, keep, asynchronous
         self._pending: Pending | None = None
 
@@ -153,7 +163,7 @@ class Saver:
         """
         self.settle(wait=True)
         writer = BackgroundWriter() if self._asynchronous else Writer()
-        self._pending = begin(self._engine, self._directory, state, self._keep, writer)
+        self._pending = begin(self._engine, self._directory, state, self._keep, writer, self.saved)
         self.settle(wait=not self._asynchronous)
 
     def settle(self, wait: bool = False) -> None:
@@ -168,6 +178,7 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         pending.publish()
+        self.saved = pending.state.step
 
     def _all_done(self, writer: Writer) -> bool:
         if not dist.is_initialized():

@@ -51,6 +51,7 @@ class TrainingLoop:
         probe: called with the step; looks into the SMoE layers. Collective.
         save: called after a step; writes a checkpoint of `state`. Collective.
         settle: called after every step; completes a checkpoint that is being written behind training. Collective.
+        remains: says from where the same command goes on.
         flops_per_unit, peak_flops: for MFU; of a unit of the feed, and of one process' device, None where unknown.
 
     Attributes:
@@ -68,6 +69,7 @@ class TrainingLoop:
     probe: Callable[[int], None]
     save: Callable[[], None]
     settle: Callable[[], None] = lambda: None
+    remains: Callable[[], str] = lambda: ""
     flops_per_unit: float = 0.0
     peak_flops: float | None = None
     signalled: bool = False
@@ -112,13 +114,18 @@ class TrainingLoop:
             with self.timing.occasion("probe"):
                 self.probe(step)
             self.engine.train()
+        if last:
+            self._save()  # before the whole validation, which may take long: stopped there, nothing is lost
         if _due(step, self.config.evaluation.every) or last:
             with self.timing.occasion("evaluation"):
                 self.validate(step)
             self.engine.train()
-        if save:
-            with self.timing.occasion("checkpoint"):
-                self.save()
+        if save and not last:  # a resumed run has done the validation of its first step
+            self._save()
+
+    def _save(self) -> None:
+        with self.timing.occasion("checkpoint"):
+            self.save()
 
     def _step(self) -> bool:
         """One optimizer step; True when a process asks to stop."""
@@ -209,9 +216,8 @@ class TrainingLoop:
 
     def _stopped(self, step: int, cause: str) -> str:
         return (
-            f"training stopped at step {step}: {cause}. Nothing was saved since the last checkpoint, "
-            "which is intact: the same command continues from there. Try a lower optimizer.lr, a longer "
-            "schedule.warmup_steps or a smaller optimizer.clip"
+            f"training stopped at step {step}: {cause}. Nothing of it was saved; {self.remains()}. Try a lower "
+            "optimizer.lr, a longer schedule.warmup_steps or a smaller optimizer.clip"
             + (", or bf16 instead of fp16" if self.config.training.precision == "fp16" else "")
         )
 

@@ -16,7 +16,7 @@ from . import checkpoint as checkpoints
 from . import metrics_log
 from .agreement import changed_settings, require_same_settings, together
 from .checkpoint import Checkpoint, TrainingState, shape_of, shape_text
-from .errors import ProcessError
+from .errors import ProcessError, ending_on_full_disk
 from .export import HF_DIRECTORY
 from .figure import CURVES_FILE, draw_run
 from .hardware import peak_flops
@@ -41,6 +41,7 @@ from .run_directory import (
     sign,
 )
 from .run_log import RunLog
+from .signals import losing
 from .timing import Timing
 from .timing_table import timing_table
 from .watchdog import Watchdog
@@ -92,7 +93,8 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
             job = open_job()
         watchdog.state = job.state
         require_same_settings(job.state, processes)
-        with claimed(job.config.directory, job.kind, processes):
+        claim = claimed(job.config.directory, job.kind, processes)
+        with claim, ending_on_full_disk(watchdog), losing(watchdog.loss):
             result = _train(job, processes, watchdog)
     if result.finished and not result.note and processes.is_main:
         draw_run(result.directory)  # nobody waits for it
@@ -105,6 +107,7 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     with watchdog.phase("reading the checkpoint"):
         start = choose_start(job, processes, watchdog.move)
         latest = start.checkpoint
+        watchdog.saved = lambda: latest.state.step if latest is not None else None
         if latest is not None:
             source = in_shape_of(latest, state, processes, watchdog.move)
     if start.finished is not None:
@@ -134,7 +137,9 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
         with watchdog.phase("the first evaluation"):
             job.begin(engine)
     timing = Timing(config, engine.module, processes, directory, log.say)
-    saver = checkpoints.Saver(engine, directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
+    keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
+    saver = checkpoints.Saver(engine, directory / "checkpoints", keep, asynchronous, watchdog.saved())
+    watchdog.saved = lambda: saver.saved
     scores: dict[int, Any] = {}
 
     def validate(step: int) -> None:
@@ -144,8 +149,10 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
 
     def save() -> None:
         with watchdog.phase("checkpoint"):
-            require_equal_replicas(engine.module, state)
+            require_equal_replicas(engine.module, state, saver.saved)
             saver.save(state)
+            if state.step == config.training.steps:
+                saver.settle(wait=True)
 
     loop = TrainingLoop(
         config,
@@ -159,6 +166,7 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
         probe=job.prober(engine, processes, log),
         save=save,
         settle=saver.settle,
+        remains=watchdog.remains,
         flops_per_unit=job.flops_per_unit,
         peak_flops=peak_flops(processes.device, config.training.precision),
     )
@@ -167,6 +175,8 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
             finished = loop.run()
         with watchdog.phase("checkpoint"):
             saver.settle(wait=True)
+        if finished and state.step not in scores:  # an earlier start ended between its last checkpoint and this
+            validate(state.step)
     except CorpusError as error:  # of this process alone, perhaps
         raise ProcessError(f"training stopped after step {state.step}: {error}") from error
     finally:
@@ -175,10 +185,9 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     table = timing_table(metrics_log.read(directory / "metrics.jsonl"), timing.occasions) if processes.is_main else ""
     if not finished:
         return Result(directory, False, state, None, None, table, loop.signalled)
-    score = scores[state.step] if state.step in scores else job.validate(engine, full=True)
     with watchdog.phase("export"):
         hf = job.export(engine, state.step)
-    return Result(directory, True, state, score, hf, table)
+    return Result(directory, True, state, scores[state.step], hf, table)
 
 
 @dataclass(frozen=True)
