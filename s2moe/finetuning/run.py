@@ -25,7 +25,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from s2moe.config import ConfigError
 from s2moe.config.finetune import FinetuneConfig
-from s2moe.data import Tokenizer
 from s2moe.data.encoding import collate
 from s2moe.hub.card import write_card
 from s2moe.moe.freezing import freeze_named
@@ -220,9 +219,7 @@ def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(predicted.predictions, -1) == predicted.label_ids))}
 
 
-def export(
-    trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: Tokenizer | TheirTokenizer, results: dict[str, Any]
-) -> None:
+def export(trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: TheirTokenizer, results: dict[str, Any]) -> None:
     """Write the trainer's model, tokenizer and card to `hf/`, which is complete or as it was before. Collective."""
     target, origin = config.directory / HF_DIRECTORY, {"run": config.name, "step": results["best_step"]}
     temporary = target.with_name(f".tmp-{target.name}")

@@ -8,14 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from s2moe.data.tokenizer_base import TOKENIZER_FILE
-from s2moe.hub.auto_tokenizer import read_tokenizer
+from s2moe.hub.auto_tokenizer import has_tokenizer, read_tokenizer
 from s2moe.hub.card import write_card, write_card_of_leaving
 from s2moe.hub.interchange import from_transformers, to_transformers
 from s2moe.hub.reading import read_model, require_config
-from s2moe.hub.standalone_tokenizer import standalone_tokenizer
 from s2moe.hub.tokenization import S2MoETokenizer
 from s2moe.hub.upcycling import upcycle
 
@@ -74,9 +72,10 @@ def _write(made: PreTrainedModel, source: Path, temporary: Path, origin: dict[st
 
 
 def _convert_tokenizer(source: Path, target: Path, leaves: bool) -> None:
-    """Write the tokenizer that goes along, in the library's own format where the model ``leaves`` the project."""
-    if (source / TOKENIZER_FILE).is_file():
-        ours = S2MoETokenizer.from_pretrained(source)
-        (standalone_tokenizer(ours.base, ours.model_max_length) if leaves else ours).save_pretrained(target)
-    elif (source / "tokenizer_config.json").is_file():
-        read_tokenizer(source).save_pretrained(target)
+    """Write the tokenizer that goes along, under transformers' own name where the model ``leaves`` the project."""
+    if not has_tokenizer(source):
+        return
+    tokenizer = read_tokenizer(source)
+    tokenizer.save_pretrained(target)
+    if leaves and isinstance(tokenizer, S2MoETokenizer):
+        PreTrainedTokenizerFast.from_pretrained(target).save_pretrained(target)

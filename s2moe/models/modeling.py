@@ -136,6 +136,18 @@ class S2MoEPreTrainedModel(RoutedModel, PreTrainedModel):
         if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
             module.reset_parameters(self.config.initializer_range)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """transformers' own; a router that has rows of its own for the tokens gets those that it lacks."""
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        rows = self.config.vocab_size
+        options = (self.config.moe or {})["router"]
+        if options.get("vocab_size", rows) < rows:
+            for module in self.modules():
+                if isinstance(module, Router):
+                    module.add_tokens(rows)
+            options["vocab_size"] = rows
+        return embeddings
+
 
 class S2MoEModel(S2MoEPreTrainedModel):
     """Embedding, blocks, final norm.
@@ -146,7 +158,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
 
     def __init__(self, config: S2MoEConfig, parallel: ExpertParallel | None = None) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # padding too has a row that learns
         self.layers = nn.ModuleList(
             S2MoEDecoderLayer(config, index, parallel) for index in range(config.num_hidden_layers)
         )

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from s2moe.config.options import ConfigError
-from s2moe.data import load_tokenizer
-from s2moe.data.tokenizer_base import TOKENIZER_FILE
 from s2moe.hub.directories import require_language_model
 from s2moe.hub.reading import read_model, require_whole
+from s2moe.hub.tokenization import tokenizer_fingerprint
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.parallel.deepspeed_compat import REST, CheckpointFileError, load_file, to_universal, universal_weights
@@ -53,7 +52,7 @@ class Weights:
         if self.checkpoint is not None:
             return self.checkpoint.state.tokenizer
         assert self.hf is not None
-        return load_tokenizer(self.hf).fingerprint() if (self.hf / TOKENIZER_FILE).is_file() else ""
+        return tokenizer_fingerprint(self.hf)
 
 
 def find_weights(path: Path) -> Weights:

@@ -67,6 +67,9 @@ class Router(KeepsBuffers):
         """Why a causal model cannot use this router with its options; empty: it can."""
         return ""
 
+    def add_tokens(self, rows: int) -> None:
+        """The vocabulary grew to so many tokens: for a router that has something for each of them."""
+
     def expert_embeddings(self) -> Tensor | None:
         """A row for each expert by which tokens are scored, [E, any width], for the collapse metrics; None without."""
         scores = getattr(self, "scores", None)

@@ -237,6 +237,13 @@ class StableMoERouter(Router):
             buffer.copy_(self._distilled(name, self.in_stage2))
         self.in_stage2.fill_(True)
 
+    @torch.no_grad()
+    def add_tokens(self, rows: int) -> None:
+        """New rows are the mean of the others, so that a new token goes where most do."""
+        frozen_VC = self.get_buffer("frozen_table_VC")
+        table_VC = nn.Parameter(_with_mean_rows(self.table_VC, rows), self.table_VC.requires_grad)
+        self.table_VC, self.frozen_table_VC = table_VC, _with_mean_rows(frozen_VC, rows)
+
     def expert_embeddings(self) -> Tensor:
         return self.centroid_ED
 
@@ -245,6 +252,10 @@ class StableMoERouter(Router):
         return (
             self.num_experts * (self.hidden_size + self.options.distilled_width) + taps * self.options.distilled_width
         )
+
+
+def _with_mean_rows(table_VC: Tensor, rows: int) -> Tensor:
+    return torch.cat((table_VC, table_VC.mean(0, keepdim=True).expand(rows - len(table_VC), -1)))
 
 
 def _orthogonal(parameter: Tensor, gain: float) -> None:
