@@ -48,7 +48,7 @@ def test_texts_are_encoded_as_the_corpus_tokenizers_do(keep: Keep, tmp_path: Pat
             CharacterTokenizer(TEXT8_ALPHABET),
             CharacterTokenizer("Afilm e\n"),
             WordTokenizer.from_texts(["A Fine film\n"]),
-            SentencePieceTokenizer.train(["a fine film of 12 and more\n" * 20], 280),
+            SentencePieceTokenizer.train(["a fine film of 12 and more\n" * 20], 272),
         ]
     ):
         tiny("smoe", vocab_size=base.vocab_size).save_pretrained(tmp_path / str(number))
