@@ -8,7 +8,6 @@ from typing import Any
 
 from s2moe.config import ConfigError
 from s2moe.config.finetune import FinetuneConfig
-from s2moe.data import Tokenizer
 from s2moe.data.classification import ClassificationData, load_classification, subset
 from s2moe.data.encoding import EncodedTexts
 from s2moe.training.agreement import together
@@ -24,7 +23,7 @@ class Pretrained:
     """The weights that are fine-tuned, their tokenizer and their model's configuration."""
 
     weights: Weights
-    tokenizer: Tokenizer | TheirTokenizer
+    tokenizer: TheirTokenizer
     config: Any
 
     @classmethod

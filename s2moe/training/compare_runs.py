@@ -11,13 +11,14 @@ from typing import Any
 from s2moe import drawing
 from s2moe.config import ConfigError, load
 from s2moe.config.run import RunConfig
-from s2moe.data.units import UNKNOWN_SYMBOL, symbol_of_run, unit_of
+from s2moe.data.units import UNKNOWN_SYMBOL, unit_of
 from s2moe.hub.reading import read_config
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.models.sizes import model_sizes
 
 from . import metrics_log
 from .run_directory import report_directory
+from .run_symbol import symbol_of_run
 from .slim import distinct_labels
 from .weights import checkpoint_config, find_weights
 

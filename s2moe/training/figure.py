@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from s2moe import drawing
-from s2moe.data.units import symbol_of_run, unit_of
+from s2moe.data.units import unit_of
 
 from . import metrics_log
+from .run_symbol import symbol_of_run
 
 CURVES_FILE = "curves.png"
 CURVES = {"bpc": "", "error": "error", "task_loss": "loss"}  # what is drawn, the first that there is, and its unit

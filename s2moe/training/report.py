@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from s2moe.config.run import RunConfig
 from s2moe.data import Corpus, compressor_bits
 from s2moe.data.units import unit_of
+from s2moe.hub import S2MoETokenizer
 
 from .console import format_seconds
 from .evaluation import Score
@@ -60,7 +60,8 @@ def sample(hf: Path, corpus: Corpus, prompt: str, tokens: int, seed: int) -> str
     """A continuation of `prompt` by the exported model, drawn at temperature 0.8."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_weights(Weights(hf=hf)).to(device)
-    ids = torch.from_numpy(corpus.tokenizer.encode(prompt).astype(np.int64))[None].to(device)
+    tokenizer = S2MoETokenizer(corpus.tokenizer)  # after which a text goes on: a corpus' own may end it
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long().to(device)
     torch.manual_seed(seed)
     ids = extend(model, ids, tokens, do_sample=True, temperature=0.8, top_k=0)
     return corpus.tokenizer.decode(ids[0].cpu().numpy())

@@ -22,8 +22,9 @@ from s2moe.data import (
     write_corpus,
 )
 from s2moe.data.corpus import CHUNK_TOKENS
-from s2moe.data.units import bits_per_symbol, symbol_of_run, unit_of
+from s2moe.data.units import bits_per_symbol, unit_of
 from s2moe.hub import save_tokenizer
+from s2moe.training.run_symbol import symbol_of_run
 
 PROSE = "".join(f"The  old house of the river, line {i}: ёлочка в лесу\n" for i in range(300))
 TEXT = "the old river, ёлочка; 日本語 \U0001f600 q7 z9\n\n  two  spaces " * 12 + PROSE[:400]
@@ -140,6 +141,6 @@ def test_a_run_knows_its_symbol_by_its_tokenizer_or_its_corpus(tmp_path: Path) -
     (tmp_path / "hf").mkdir()
     save_tokenizer(ByteTokenizer(), tmp_path / "hf")
     assert symbol_of_run(tmp_path) == "byte"
-    (tmp_path / "hf" / "s2moe_tokenizer.json").write_text("[")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text("[")
     (tmp_path / "config.yaml").write_text("- 1")
     assert symbol_of_run(tmp_path) == "symbol"
