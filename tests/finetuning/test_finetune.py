@@ -168,7 +168,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert f"a run downloads SST-2.zip to {tmp_path / 'data' / 'sst2'} first" in capsys.readouterr().out
     for wrong, message in (
         ("training.batch=3", "training.batch: must be a multiple"),
-        ("data.input_length=65", "set data.input_length=64"),
+        ("data.input_length=65", "give data.input_length=64"),
         ("model.checkpoint=absent", "no weights in absent"),
         (f"output_dir={files.parent}", ""),
     ):
