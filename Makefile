@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/quickstart
+FOLDER ?= s2moe/objectives
 WORKERS ?= 2
 # A file's tests stay in one process: they share what is slow to set up.
 PYTEST = "$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	&& { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-slow test-all lint format bench clean
+.PHONY: help setup pretrain test test-slow test-all mutants lint format bench clean
 
 help: ## list these commands
 	@echo "S2MoE: sparse mixture-of-experts language models whose experts do not collapse"
@@ -27,6 +28,7 @@ help: ## list these commands
 	@echo "  make test PYTEST_ARGS='-k router -x'     what pytest is given besides"
 	@echo "  make test WORKERS=8                      in so many processes (2), each of which may start two to four ranks;"
 	@echo "                                           0: in pytest's own, which --pdb wants"
+	@echo "  make mutants FOLDER=s2moe/moe MUTANTS_ARGS='--count 50 --tests tests/moe tests/methods'"
 	@echo "  make setup PYTHON=/path/to/python3.12    make .venv with this Python (3.11 or newer)"
 
 setup: $(STAMP) ## install the locked dependencies and this project into .venv
@@ -70,7 +72,7 @@ define LAUNCH
 	deepspeed --master_port $$port "$$@" launcher/pretrain.py --config configs/quickstart.yaml $$settings $(OVERRIDES)
 endef
 
-test test-slow test-all: export OMP_NUM_THREADS ?= 1
+test test-slow test-all mutants: export OMP_NUM_THREADS ?= 1
 
 test: setup ## run the fast tests
 	$(PYTEST) $(PYTEST_ARGS)
@@ -80,6 +82,9 @@ test-slow: setup ## run the tests that the fast ones leave out
 
 test-all: setup ## run all tests
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+mutants: setup ## change lines of FOLDER at random, and list the changes that its tests do not notice
+	"$(BIN)/python" tests/mutants.py $(FOLDER) $(MUTANTS_ARGS)
 
 lint: setup ## check style, format and types
 	"$(BIN)/ruff" check .

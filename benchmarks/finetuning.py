@@ -327,10 +327,12 @@ class Pretrained:
     tokens: int
     parameters: int
     active: int
+    symbol: str  # what bpc is divided by
 
 
 def pretrained(directory: Path, method: str) -> Pretrained:
     """The figures of a finished run."""
+    from s2moe.data.units import symbol_of_run
     from s2moe.models import S2MoEConfig
     from s2moe.models.sizes import model_sizes
     from s2moe.training import metrics_log
@@ -339,7 +341,7 @@ def pretrained(directory: Path, method: str) -> Pretrained:
     last = [event for event in events if "val/bpc" in event][-1]
     trained = [event for event in events if "train/loss" in event][-1]
     sizes = model_sizes(S2MoEConfig.from_pretrained(directory / "hf"))
-    return Pretrained(method, last["val/bpc"], trained["tokens"], sizes.total, sizes.active)
+    return Pretrained(method, last["val/bpc"], trained["tokens"], sizes.total, sizes.active, symbol_of_run(directory))
 
 
 def write(options: argparse.Namespace, runs: list[Run]) -> None:
@@ -385,10 +387,12 @@ def summary(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]
 
 def markdown(options: argparse.Namespace, models: list[Pretrained], results: list[dict[str, Any]]) -> str:
     """The table, what was published, and what was run."""
+    from s2moe.data.units import UNKNOWN_SYMBOL, unit_of
+
     tasks = [task for task in options.tasks if any(result["task"] == task for result in results)]
-    found = summary(results)
+    found, unit = summary(results), unit_of(models[0].symbol if models else UNKNOWN_SYMBOL)
     lines = [
-        "| method | parameters, M (active) | bits per character | " + " | ".join(f"{task}, %" for task in tasks) + " |",
+        f"| method | parameters, M (active) | {unit} | " + " | ".join(f"{task}, %" for task in tasks) + " |",
         "| --- " * (3 + len(tasks)) + "|",
     ]
     for model in models:
@@ -401,9 +405,7 @@ def markdown(options: argparse.Namespace, models: list[Pretrained], results: lis
     text = [*lines, ""]
     if models:
         seed = next((given[5:] for given in reversed(options.pretrain) if given.startswith("seed=")), "1")
-        text.append(
-            f"Pre-training: {models[0].tokens:,} tokens of {options.data}, seed {seed}; bits per character of valid."
-        )
+        text.append(f"Pre-training: {models[0].tokens:,} tokens of {options.data}, seed {seed}; {unit} of valid.")
     for task in tasks:
         first = next(result for result in results if result["task"] == task)
         texts = " / ".join(f"{first['texts'][split]:,}" for split in ("train", "validation", "test"))

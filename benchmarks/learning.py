@@ -16,6 +16,7 @@ from torch import Tensor
 
 from s2moe import S2MoEConfig, S2MoEForCausalLM
 from s2moe.data import Corpus, WindowSampler
+from s2moe.data.units import unit_of
 from s2moe.models.sizes import model_sizes
 from s2moe.moe.routing import RoutingContext
 from s2moe.training.evaluation import Protocol, evaluate
@@ -124,10 +125,11 @@ def outcome(learner: Learner, base: Learner, bpc: float) -> Outcome:
     )
 
 
-def markdown(outcomes: Iterable[Outcome]) -> str:
-    """The table for docs/methods.md."""
+def markdown(outcomes: Iterable[Outcome], symbol: str) -> str:
+    """The table for docs/methods.md, its figures in bits per `symbol`."""
     lines = [
-        "| method | step, ms | x top-2 | training MACs a token, x top-2 | inference MACs, x top-2 | BPC |",
+        "| method | step, ms | x top-2 | training MACs a token, x top-2 | inference MACs, x top-2 | "
+        f"{unit_of(symbol)} |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     base: Outcome | None = None

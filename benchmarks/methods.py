@@ -7,7 +7,7 @@
 
 All methods train side by side on the same batches, one step each in turn, so that whatever slows the
 machine down slows all alike. A step is forward, backward, clipping, optimizer and the routers' feedback.
-The first method, plain top-2 unless said otherwise, is what the ratios refer to. BPC is that of the
+The first method, plain top-2 unless said otherwise, is what the ratios refer to. Bits are those of the
 validation split after the last step, from one seed: a sign that a method learns, no ranking.
 """
 
@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--scored", type=int, help="validation symbols to score (default: all)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU (default: all)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     return parser.parse_args(arguments)
 
@@ -68,8 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: --methods: unknown {', '.join(unknown)}; known: {', '.join(METHODS)}")
     facts = header(device, torch.float32)
     print(header_text(facts), file=sys.stderr)
+    corpus = Corpus.open(options.data).metadata
     sizes = {
-        "vocab_size": Corpus.open(options.data).metadata.vocab_size,
+        "vocab_size": corpus.vocab_size,
         "hidden_size": options.hidden,
         "num_hidden_layers": options.layers,
         "num_attention_heads": max(1, options.hidden // 64),
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         learner.model.to(device)
     text = Text(options.data, options.sequence, options.batch, options.steps, options.lr, options.seed, options.scored)
     found = list(learn(learners, text, device, lambda line: print(line, file=sys.stderr, flush=True)))
-    print(markdown(found))
+    print(markdown(found, corpus.symbol))
     if options.json:
         settings = {name: str(value) for name, value in vars(options).items()}
         content = {"header": facts, "settings": settings, "rows": [asdict(row) for row in found]}

@@ -12,6 +12,8 @@ from typing import NoReturn
 from data_prep import embedded, enwik8, text, text8, wikitext103
 from data_prep.build import Output
 from s2moe.data.errors import CorpusError
+from s2moe.output import flush_output, guard_output
+from s2moe.places import DATA_PREP
 
 CORPORA = {"text8": text8, "enwik8": enwik8, "wikitext103": wikitext103, "text": text, "embedded": embedded}
 DESCRIPTION = "Prepare a corpus for training: fetch or read it, verify it, write memory-mapped token streams."
@@ -23,7 +25,8 @@ examples:
   python -m data_prep text --source 'books/*.txt' --out data/books      your own text
 
 `python -m data_prep CORPUS --help` explains each. The directory is complete or absent: interrupt at any
-time and run the same command again. A second run of a finished one does nothing.
+time and run the same command again. A second run of a finished one compares its checksums and does nothing
+else; a run compares those of each split of up to 1 GiB when it opens it.
 """
 
 
@@ -38,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if the corpus is there, 2 after one line on stderr that says why not."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(given)
-    command = shlex.join(["python", "-m", "data_prep", *(word for word in given if word != "--force")])
+    command = f"{DATA_PREP} {shlex.join(word for word in given if word != '--force')}"
     output = Output(arguments.out, arguments.force, command)
     try:
         CORPORA[arguments.corpus].run(arguments, output)
+        flush_output()
     except CorpusError as error:
         problem = str(error)
     except OSError as error:  # a full disk, missing permission
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> Parser:
     """The command line, one sub-command a corpus."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m data_prep", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser(DATA_PREP, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
     for name, module in CORPORA.items():
         command = commands.add_parser(
@@ -71,4 +75,5 @@ def build_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

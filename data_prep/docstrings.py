@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from s2moe.data.text_lines import lines_of
+
 LONG_LINE = 50
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 
@@ -62,7 +64,7 @@ def honest(docstrings: Iterable[str], held_out: str) -> Iterator[str]:
 
 def long_lines(text: str) -> Iterator[str]:
     """The lines of at least 50 characters, white space squeezed."""
-    return (line for line in map(squeeze, text.splitlines()) if len(line) >= LONG_LINE)
+    return (line for line in map(squeeze, lines_of(text)) if len(line) >= LONG_LINE)
 
 
 def squeeze(text: str) -> str:

@@ -47,7 +47,9 @@ LEGACY_NOTES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that only this corpus has."""
-    parser.add_argument("--source", metavar="FILE", help="a local copy: plain, .zip, .xz or .gz (default: download)")
+    parser.add_argument(
+        "--source", metavar="FILE", help="a local copy: plain, .zip, .xz, .gz or .bz2 (default: download)"
+    )
     parser.add_argument("--legacy-enwik8", choices=("txl", "awd"), help="an older protocol's symbols, see below")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
 import gzip
 import hashlib
 import http.client
@@ -10,7 +12,6 @@ import os
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from typing import IO, Any, cast
 
 from tqdm import tqdm
 
-from s2moe.data.errors import CorpusError
+from s2moe.data.errors import DAMAGED, CorpusError
 
 BLOCK = 1 << 20
 TIMEOUT_SECONDS = 60
-DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile, EOFError)
+ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")  # the second is an empty one
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Content:
 
 
 def obtain(release: Release, source: Path | None, target: Path) -> Content:
-    """Write the unpacked release to ``target``, from a local copy (plain, .zip, .xz, .gz) or its url.
+    """Write the unpacked release to ``target``, from a local copy (plain, .zip, .xz, .gz, .bz2) or its url.
 
     Checks nothing but that the archive is whole; see :func:`check_release`.
     """
@@ -114,14 +115,17 @@ def open_unpacked(path: Path, member: str | None = None) -> Iterator[IO[bytes]]:
     """
     try:
         with path.open("rb") as raw:
-            magic = raw.peek(6)[:6]
+            magic = raw.peek(10)[:10]
             if magic.startswith(b"\xfd7zXZ\x00"):
                 with lzma.open(raw) as file:
                     yield cast(IO[bytes], file)
             elif magic.startswith(b"\x1f\x8b"):
                 with gzip.open(raw) as file:
                     yield cast(IO[bytes], file)
-            elif magic.startswith(b"PK\x03\x04"):
+            elif magic.startswith(b"BZh") and magic[4:] in (b"1AY&SY", b"\x17rE8P\x90"):
+                with bz2.open(raw) as file:
+                    yield cast(IO[bytes], file)
+            elif magic.startswith(ZIP):
                 with zipfile.ZipFile(raw) as archive, archive.open(_member(archive, path, member)) as file:
                     yield file
             else:
@@ -130,17 +134,21 @@ def open_unpacked(path: Path, member: str | None = None) -> Iterator[IO[bytes]]:
         raise CorpusError(f"{path} is a directory; name the file in it") from error
     except FileNotFoundError as error:
         raise CorpusError(f"{path} does not exist; give an existing file with --source") from error
-    except DAMAGED as error:
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the disk's; the file's own have no number, or are of a place in it that cannot be
         raise CorpusError(f"{path} is damaged or cut short ({error}); get it again") from error
 
 
 def _member(archive: zipfile.ZipFile, path: Path, member: str | None) -> str:
-    files = [name for name in archive.namelist() if not name.endswith("/")]
+    files = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
     named = [name for name in files if member and name.rpartition("/")[2] == member]
     candidates = named or files
     if len(candidates) != 1:
         wanted = f"no file {member!r}" if member else "not one file"
         raise CorpusError(f"{path} holds {wanted} but {', '.join(files[:5]) or 'nothing'}; unpack it and name the file")
+    if archive.getinfo(candidates[0]).flag_bits & 1:
+        raise CorpusError(f"{path} is encrypted; unpack it with its password and name the file")
     return candidates[0]
 
 

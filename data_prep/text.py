@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any
 
 from data_prep import tokenizer_choice
 from data_prep.build import Output, RawCorpus, prepare
-from data_prep.releases import BLOCK, open_unpacked, spool
+from data_prep.formats import open_text
+from data_prep.releases import BLOCK, spool
 from data_prep.tokenizer_choice import BYTES, TokenizerChoice
 from s2moe.data.corpus import Corpus
 from s2moe.data.errors import CorpusError
+from s2moe.data.tables import json_object
 from s2moe.data.tokenizer_base import as_bytes
 from s2moe.data.writer import RawText
 
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-PACKED = (".gz", ".xz", ".zip")
 FRACTIONS = (0.9, 0.05, 0.05)
 HELP = "any text or JSONL files, or a data set of the Hugging Face hub"
 EPILOG = """\
@@ -32,10 +31,11 @@ examples:
       --vocab-size 16000 --out data/crawl
   python -m data_prep text --dataset roneneldan/TinyStories --out data/tinystories
 
-Files are read in the order given, those of a glob sorted by name; .gz, .xz and .zip are unpacked. A
-file called *.jsonl, *.ndjson or *.json is one JSON object a line, its --field the text. Text files are
-taken exactly; a newline is put after one that does not end in it, where another follows. JSON and data set
-texts are separated by an empty line. The first 90% of the bytes train, then 5% validate, 5% test.
+Files are read in the order given, those of a glob sorted by name, each once; .gz, .xz, .bz2 and .zip are
+unpacked. A file called *.jsonl, *.jsonlines, *.ndjson or *.json is one JSON object a line, its --field the
+text. Text files are taken exactly but for a byte order mark; a newline is put after one that does not end
+in it, where another follows. JSON and data set texts are separated by an empty line. Whatever is not text,
+or is in UTF-16, is refused. The first 90% of the bytes train, then 5% validate, 5% test.
 """
 
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     origin.add_argument("--dataset", metavar="NAME", help="a data set of the Hugging Face hub, or its local directory")
     parser.add_argument("--config", metavar="NAME", help="the data set's configuration")
     parser.add_argument("--dataset-split", metavar="NAME", help="the data set's split to take (default: train)")
-    parser.add_argument("--field", default="text", help="the field that holds the text (default: text)")
+    parser.add_argument("--field", metavar="NAME", help="the field of JSON or a data set that holds the text (text)")
     parser.add_argument(
         "--fractions",
         nargs=3,
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace, output: Output) -> Corpus:
     if arguments.source and (arguments.config or arguments.dataset_split):
         raise CorpusError("--config and --dataset-split belong to --dataset; leave them out with --source")
     choice = tokenizer_choice.from_arguments(arguments)
+    field = "text" if arguments.field is None else arguments.field
     if arguments.dataset:
         split = arguments.dataset_split or "train"
         return prepare_dataset(
@@ -70,11 +71,13 @@ def run(arguments: argparse.Namespace, output: Output) -> Corpus:
             arguments.dataset,
             arguments.config,
             split,
-            arguments.field,
+            field,
             choice,
             tuple(arguments.fractions),
         )
-    return prepare_files(output, arguments.source, arguments.field, choice, tuple(arguments.fractions))
+    if arguments.field is not None and not any(is_json(path) for path in expand(arguments.source)):
+        raise CorpusError("--field names a field of JSON lines, and these are text files; leave it out")
+    return prepare_files(output, arguments.source, field, choice, tuple(arguments.fractions))
 
 
 def prepare_files(
@@ -124,12 +127,14 @@ def _prepare(
     fractions: Sequence[float],
     source: dict[str, Any],
 ) -> Corpus:
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise CorpusError(f"the fractions {' '.join(map(str, fractions))} must be above 0 and sum to 1")
+    if len(fractions) != 3 or not all(part > 0 for part in fractions) or not abs(sum(fractions) - 1) <= 1e-6:
+        raise CorpusError(f"--fractions {' '.join(map(str, fractions))}: they must be above 0 and sum to 1")
 
     def make(workspace: Path) -> RawCorpus:
         path = workspace / "raw"
         content = spool(blocks(), path, "reading text")
+        if is_blank(path):
+            raise CorpusError("there is no text in it: nothing, or white space alone; look at what was given")
         valid = next_character(path, int(content.bytes * fractions[0]))
         test = next_character(path, int(content.bytes * (fractions[0] + fractions[1])))
         splits = {
@@ -139,7 +144,9 @@ def _prepare(
         }
         for name, text in splits.items():
             if text.start == text.stop:
-                raise CorpusError(f"{content.bytes} bytes of text leave the {name} split empty; give more text")
+                raise CorpusError(
+                    f"{content.bytes} bytes of text leave the {name} split empty; give more text, or other --fractions"
+                )
         return RawCorpus(
             name=output.directory.resolve().name,
             splits=splits,
@@ -151,16 +158,18 @@ def _prepare(
 
 
 def expand(sources: Iterable[str]) -> list[Path]:
-    """Paths and globs as existing files, in order, each once."""
-    files: dict[Path, None] = {}
+    """Paths and globs as existing files, in order, each once, whatever names it has."""
+    files: dict[tuple[int, int], Path] = {}
     for source in sources:
         found = [source] if os.path.exists(source) else sorted(glob.glob(source, recursive=True))
         matching = [Path(name) for name in found if not os.path.isdir(name)]
         if not matching:
             hint = f"give a glob in quotes, such as '{source}/**/*.txt'" if found else "check the path"
             raise CorpusError(f"no file matches {source}; {hint}")
-        files.update(dict.fromkeys(matching))
-    return list(files)
+        for path in matching:
+            stat = path.stat()
+            files.setdefault((stat.st_dev, stat.st_ino), path)
+    return list(files.values())
 
 
 def state_of(files: Sequence[Path]) -> str:
@@ -183,34 +192,36 @@ def read_files(paths: Sequence[Path], field: str) -> Iterator[bytes]:
 
 def read_file(path: Path, field: str) -> Iterator[bytes]:
     """One file's text in pieces."""
-    name = path.name.lower()
-    for suffix in PACKED:
-        name = name.removesuffix(suffix)
-    with open_unpacked(path) as file:
-        if name.endswith(JSON_LINES):
-            numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-            yield from separated(
-                row_text(_parse(path, number, line), field, f"{path}:{number}") for number, line in numbered
-            )
+    with open_text(path) as (file, is_json):
+        if is_json:
+            numbered = ((f"{path}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
+            yield from separated(row_text(json_object(line, where), field, where) for where, line in numbered)
         else:
             yield from iter(lambda: file.read(BLOCK), b"")
 
 
-def _parse(path: Path, number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise CorpusError(
-            f"{path}:{number} is not a JSON object on one line ({error}); give JSON lines, or name text files *.txt"
-        ) from error
+def is_json(path: Path) -> bool:
+    """Whether a file, or what is packed in it, is JSON lines."""
+    with open_text(path) as (_, found):
+        return found
 
 
-def row_text(row: Any, field: str, where: str) -> bytes:
+def row_text(row: dict[str, Any], field: str, where: str) -> bytes:
     """The text of one JSON or data set row."""
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        fields = ", ".join(row) if isinstance(row, dict) else "none"
-        raise CorpusError(f"{where} has no text in a field {field!r} (its fields: {fields}); name another with --field")
+    if field not in row:
+        raise CorpusError(
+            f"{where} has no field {field!r} (its fields: {', '.join(row) or 'none'}); name another with --field"
+        )
+    if not isinstance(row[field], str):
+        shown = "null" if row[field] is None else repr(row[field])[:40]
+        raise CorpusError(f"{where}: the field {field!r} is {shown}, not a text; take the line out, or give it a text")
     return as_bytes(row[field])
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a file holds nothing but white space."""
+    with path.open("rb") as file:
+        return not any(block.strip() for block in iter(lambda: file.read(BLOCK), b""))
 
 
 def separated(texts: Iterable[bytes]) -> Iterator[bytes]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from data_prep.build import Output, RawCorpus, positional_splits, prepare
 from data_prep.releases import Content, Release, check_release, existing, obtain
+from data_prep.text import state_of
 from s2moe.data.corpus import Corpus
 from s2moe.data.errors import CorpusError
 from s2moe.data.tokenizers import TEXT8_ALPHABET, CharacterTokenizer
@@ -36,12 +38,16 @@ figures on it do not compare with text8's.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that only this corpus has."""
-    parser.add_argument("--source", metavar="FILE", help="a local copy: plain, .zip, .xz or .gz (default: download)")
+    parser.add_argument(
+        "--source", metavar="FILE", help="a local copy: plain, .zip, .xz, .gz or .bz2 (default: download)"
+    )
     parser.add_argument("--allow-partial", action="store_true", help="accept a shorter copy, under another name")
 
 
 def run(arguments: argparse.Namespace, output: Output) -> Corpus:
     """Prepare as the command line says."""
+    if arguments.allow_partial and arguments.source is None:
+        raise CorpusError("--allow-partial is about a local copy: give it with --source, or leave --allow-partial out")
     return prepare_text8(output, arguments.source, arguments.allow_partial)
 
 
@@ -69,7 +75,11 @@ def prepare_text8(
             notes=notes,
         )
 
-    return prepare(output, {"corpus": release.name, "allow_partial": allow_partial}, make)
+    request: dict[str, Any] = {"corpus": release.name, "allow_partial": allow_partial}
+    local = existing(source)
+    if allow_partial and local is not None:  # no checksum says what it holds
+        request |= {"copy": state_of([local])}
+    return prepare(output, request, make)
 
 
 def _check_partial(release: Release, content: Content, source: Path | None, name: str, allowed: bool) -> None:

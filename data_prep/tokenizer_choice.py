@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from s2moe.data.errors import CorpusError
+from s2moe.data.library import library_tokenizer
 from s2moe.data.subwords import SentencePieceTokenizer
 from s2moe.data.tokenizer_base import Tokenizer
 from s2moe.data.tokenizers import ByteTokenizer, CharacterTokenizer
@@ -35,6 +36,8 @@ class TokenizerChoice:
                 f"--vocab-size and --sentencepiece-model do not apply to the {self.kind} tokenizer; "
                 "leave them out, or give --tokenizer sentencepiece"
             )
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise CorpusError(f"--vocab-size must be at least 1, got {self.vocab_size}; the default is {VOCABULARY}")
         if self.vocab_size is not None and self.model is not None:
             raise CorpusError("a given --sentencepiece-model has its own vocabulary; leave --vocab-size out")
 
@@ -46,7 +49,9 @@ class TokenizerChoice:
             pieces = (piece for text in splits.values() for piece in text.chunks(CharacterTokenizer.cut))
             return CharacterTokenizer.from_texts(pieces)
         if self.model is not None:
-            return SentencePieceTokenizer.from_file(self.model)
+            given = SentencePieceTokenizer.from_file(self.model)
+            library_tokenizer(given)  # refuses what a trained model could not be exported with
+            return given
         training = splits["train"].chunks(SentencePieceTokenizer.cut)
         return SentencePieceTokenizer.train(training, self.vocab_size or VOCABULARY)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +25,7 @@ USER_ERROR, RUN_FAILED, INTERRUPTED = 2, 3, 130  # and s2moe.training's errors.L
 
 def prepare_environment() -> None:
     """Make the package importable from a clone, and settle GPU or CPU. Call before importing s2moe."""
+    sys.excepthook = _excepthook
     root = str(Path(__file__).resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
@@ -31,6 +34,13 @@ def prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ctrl-C while modules are imported, which takes a while, is no error to show the place of."""
+    if issubclass(kind, KeyboardInterrupt):
+        fail("interrupted: nothing had begun", INTERRUPTED)
+    sys.__excepthook__(kind, error, trace)
 
 
 def quiet_libraries() -> None:
@@ -48,35 +58,47 @@ def quiet_libraries() -> None:
 def user_errors() -> Iterator[None]:
     """Turn errors that are the user's to mend into one message and an exit status.
 
-    Errors that all processes raise alike are printed once a machine: by the process with local rank 0.
+    Errors that all processes raise alike are printed once a machine: by the process with local rank 0. A full disk is
+    the failure of the run, whatever it had to be written for.
     """
     from s2moe.config import ConfigError
     from s2moe.data import CorpusError
+    from s2moe.disk import disk_is_full, told_of_disk
+    from s2moe.output import flush_output
     from s2moe.training.errors import LOST, LostProcessError, ProcessError, TrainingError
 
     try:
-        yield
-    except ProcessError as error:
-        fail(f"error: {error}", USER_ERROR, everywhere=True)
-    except (ConfigError, CorpusError) as error:
-        fail(f"error: {error}", USER_ERROR)
+        try:
+            yield
+        except SystemExit:  # after --help
+            flush_output()
+            raise
+        flush_output()  # what cannot be printed is found here, not after Python's end
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
     except LostProcessError as error:
         fail(f"error: {error}", LOST, everywhere=True)  # the process that speaks for its machine may be the lost one
     except TrainingError as error:
         fail(f"error: {error}", RUN_FAILED)
-    except KeyboardInterrupt:
-        fail("interrupted", INTERRUPTED)
-    except (MemoryError, RuntimeError) as error:
-        told = str(error).splitlines()[0] if str(error) else "no memory is left"
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
-            raise
-        remedy = "take smaller micro-batches or a smaller model; pretrain.py --dry-run says what a run needs"
-        fail(f"error: out of memory: {told}: {remedy}", USER_ERROR, everywhere=True)
+    except Exception as error:
+        if disk_is_full(error):
+            fail(f"error: {told_of_disk(error)}: make room, and start it again", RUN_FAILED, everywhere=True)
+        if isinstance(error, ProcessError):
+            fail(f"error: {error}", USER_ERROR, everywhere=True)
+        if isinstance(error, (ConfigError, CorpusError)):
+            message = re.sub(r"\s*\n\s*", " ", str(error))  # those of YAML have several lines
+            fail(f"error: {message}", USER_ERROR)
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+            told = str(error).splitlines()[0] if str(error) else "no memory is left"
+            remedy = "take smaller micro-batches or a smaller model; pretrain.py --dry-run says what a run needs"
+            fail(f"error: out of memory: {told}: {remedy}", USER_ERROR, everywhere=True)
+        raise
 
 
 def is_first_of_machine() -> bool:
     """Whether this process speaks for its machine."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0
+    text = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return not text.strip().isdecimal() or int(text) == 0  # what is no number is an error, which has to be said
 
 
 def fail(message: str, status: int, everywhere: bool = False) -> None:
@@ -90,8 +112,9 @@ def fail(message: str, status: int, everywhere: bool = False) -> None:
 
 def leave(status: int) -> NoReturn:
     """End this process with `status`, at once: sys.exit may wait for processes that have already failed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # a closed one is None
+            stream.flush()
     os._exit(status)
 
 
@@ -160,12 +183,6 @@ def run_parser() -> Parser:
     return parser
 
 
-def print_help(text: str) -> None:
-    """Print a long text; `--help | head` ends quietly."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(text)
-
-
 def train_and_report(
     config: Any,
     check: Callable[[], object],
@@ -177,10 +194,12 @@ def train_and_report(
     Args:
         check: finds mistakes that should not wait for the other processes.
     """
+    from s2moe.output import output_is_spare
     from s2moe.training.processes import start_processes, stop_processes
     from s2moe.training.signals import STOPPED, catch_stop_signals, stop_signal
 
     catch_stop_signals()
+    output_is_spare()
     if is_first_of_machine():
         check()
     processes = start_processes(config.training.timeout_minutes)
@@ -188,7 +207,7 @@ def train_and_report(
     stop_processes(together=result.signalled)
     if processes.is_main:
         if result.finished:
-            print(report(config, result), flush=True)
+            print(result.note or report(config, result), flush=True)
         else:
             cause = f"stopped by {_name(stop_signal())}" if result.signalled else "time is up"
             print(result.timing)
@@ -204,6 +223,16 @@ def _name(received: signal.Signals | None) -> str:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Run an entry point's `main` on the command line."""
+    from s2moe.disk import disk_is_full
+    from s2moe.output import guard_output
+
+    def of_thread(failed: Any) -> None:
+        """TensorBoard's thread hands a full disk to the main one, which says it."""
+        if failed.exc_value is None or not disk_is_full(failed.exc_value):
+            threading.__excepthook__(failed)
+
+    threading.excepthook = of_thread
+    guard_output()
     with user_errors():
         quiet_libraries()
         main(sys.argv[1:])

@@ -18,11 +18,11 @@ from pathlib import Path
 
 try:
     from launcher.common import Parser, prepare_environment, run
-    from launcher.evaluate import add_scoring_arguments, not_negative, numbers, positive
+    from launcher.evaluate import add_scoring_arguments, not_negative, numbers, positive, require_sliding
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     from launcher.common import Parser, prepare_environment, run
-    from launcher.evaluate import add_scoring_arguments, not_negative, numbers, positive
+    from launcher.evaluate import add_scoring_arguments, not_negative, numbers, positive, require_sliding
 
 prepare_environment()
 
@@ -33,18 +33,18 @@ python launcher/compare.py slim --checkpoint runs/enwik8-s2moe-flop-matched --da
 python launcher/compare.py slim --checkpoint runs/s2moe runs/smoe --data data/enwik8 --out runs/slim \\
     --experts-per-token 1,2,4,8 --max-symbols 500000 --repeats 30
 
-For each k' and for the trained k: bits per character; multiply-accumulates of a token by four ways of counting them,
-since a share that is saved depends on what is counted; and the time of a forward pass, all checkpoints and k' in
-turns, for which the weights of all checkpoints are in memory at once. --memory adds a fifth way of counting: that of
-a Transformer-XL, whose attention over a memory makes the experts a smaller share. Written are slim.json, slim.md (the
-table) and slim.png (bits per character against both). A k' that a checkpoint's router does not know is left out with
-the reason.
+For each k' and for the trained k: bits per byte, character or word of the corpus; multiply-accumulates of a token by
+four ways of counting them, since a share that is saved depends on what is counted; and the time of a forward pass, all
+checkpoints and k' in turns, for which the weights of all checkpoints are in memory at once. --memory adds a fifth way
+of counting: that of a Transformer-XL, whose attention over a memory makes the experts a smaller share. Written are
+slim.json, slim.md (the table) and slim.png (bits against both). A k' that a checkpoint's router does not know is left
+out with the reason.
 
 Times mean something on a machine that does nothing else. On small models and short sequences much of a forward pass
 does not depend on k': choose --latency-batch and --latency-tokens as in use.
 """
 RUNS = """\
-Runs of launcher/pretrain.py side by side: bits per character at the end, parameters, tokens, speed, and the curves.
+Runs of launcher/pretrain.py side by side: validation at the end, parameters, tokens, speed, and the curves.
 
 python launcher/compare.py runs runs/s2moe runs/smoe --out runs/comparison
 
@@ -94,6 +94,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     runs.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     runs.add_argument("--out", type=Path, required=True, help="directory of the report")
     options = parser.parse_args(arguments)
+    if options.command == "slim":
+        require_sliding(slim, options)
     options.experts_per_token = None  # what an evaluation would be given: as trained
     return options
 

@@ -76,6 +76,9 @@ def start() -> int:
         sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         from launcher.common import prepare_environment, user_errors
     prepare_environment()
+    from s2moe.output import guard_output
+
+    guard_output()
     with user_errors():
         return main(sys.argv[1:])
     return 1

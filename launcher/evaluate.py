@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Bits per character of a trained model on a split of a prepared corpus.
+"""Bits per byte, character or word of a trained model on a split of a prepared corpus.
+
+The corpus' tokenizer says which: bytes of a corpus of bytes, words of one of words, characters of one of characters
+or SentencePiece. Characters are counted, however they are spread over tokens.
 
 python launcher/evaluate.py --checkpoint runs/quickstart --data data/embedded --split test
 python launcher/evaluate.py --checkpoint runs/quickstart/hf --data data/embedded --experts-per-token 1
@@ -16,6 +19,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 try:
     from launcher.common import Parser, prepare_environment, run
@@ -24,6 +28,15 @@ except ImportError:  # started as a file, from any directory
     from launcher.common import Parser, prepare_environment, run
 
 prepare_environment()
+
+OF_REPORT: dict[str, Any] = {  # options that only a report has, and what they are by default
+    "out": None,
+    "against": [],
+    "slim": [1, 2, 4, 8, 16],
+    "probe_tokens": 4096,
+    "probe_samples": 256,
+}
+OF_SLIDING = {"context": 512, "segment": 512}  # options that only the sliding protocol has
 
 
 def positive(text: str) -> int:
@@ -69,16 +82,36 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_corruption_arguments(parser)
     add_report_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.corrupt is None and (options.rate is not None or options.corrupt_seed):
+    if options.corrupt is None and (options.rate is not None or options.corrupt_seed is not None):
         parser.error("--rate and --corrupt-seed belong to --corrupt: say which corruption")
     if options.corrupt is not None and options.rate is None:
         parser.error("--corrupt needs --rate, the probability that a word (or pair of characters) is hit, e.g. 0.05")
     if options.corrupt is not None and options.report:
         parser.error("--corrupt scores and --report reports: run them one after the other")
+    require_sliding(parser, options)
+    fill_in(parser, options, OF_REPORT, None if options.report else "belongs to --report: say which report")
+    options.corrupt_seed = options.corrupt_seed or 0
     options.split = options.split or ("valid" if options.report else "test")
     if options.report and options.max_symbols is None:
         options.max_symbols = 100_000
     return options
+
+
+def require_sliding(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Fill in the options of the sliding protocol, or refuse them beside another one."""
+    other = None if options.protocol == "sliding" else "belongs to --protocol sliding"
+    fill_in(parser, options, OF_SLIDING, other and f"{other}: {options.protocol} has sizes of its own")
+
+
+def fill_in(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, defaults: dict[str, Any], refusal: str | None
+) -> None:
+    """Put these defaults where nothing was given; where something was, say ``refusal`` and end, unless it is None."""
+    for name, default in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif refusal is not None:
+            parser.error(f"--{name.replace('_', '-')} {refusal}")
 
 
 def add_scoring_arguments(parser: argparse.ArgumentParser, most: str) -> None:
@@ -91,12 +124,16 @@ def add_scoring_arguments(parser: argparse.ArgumentParser, most: str) -> None:
         "--protocol",
         choices=PROTOCOLS,
         default="sliding",
-        help=f"sliding (default): every symbol scored once with --context tokens before it; {legacy}",
+        help=f"sliding (default): every token scored once with --context tokens before it; {legacy}",
     )
-    parser.add_argument("--context", type=positive, default=512, help="tokens before every scored one (default: 512)")
-    parser.add_argument("--segment", type=positive, default=512, help="tokens scored per window (default: 512)")
+    parser.add_argument("--context", type=positive, help="sliding: tokens before every scored one (default: 512)")
+    parser.add_argument("--segment", type=positive, help="sliding: tokens scored per window (default: 512)")
     parser.add_argument("--batch", type=positive, default=16, help="windows per forward pass (default: 16)")
-    parser.add_argument("--max-symbols", type=positive, help=f"score only the first so many tokens (default: {most})")
+    parser.add_argument(
+        "--max-symbols",
+        type=positive,
+        help=f"score only the first so many bytes, characters or words of the split (default: {most})",
+    )
     parser.add_argument(
         "--attention-window",
         type=not_negative,
@@ -116,8 +153,8 @@ def add_corruption_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group(
         "robustness",
-        "The model reads contaminated text and is scored on predicting the clean text's next symbol,\n"
-        "beside the figure for clean text. The same symbols are scored.",
+        "The model reads contaminated text and is scored on predicting the clean text's next token,\n"
+        "beside the figure for clean text. The same tokens are scored.",
     )
     group.add_argument(
         "--corrupt",
@@ -128,7 +165,7 @@ def add_corruption_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rate", type=probability, help="probability that a pair of characters is swapped, or a word replaced"
     )
-    group.add_argument("--corrupt-seed", type=not_negative, default=0, help="draws where (default: 0)")
+    group.add_argument("--corrupt-seed", type=not_negative, help="draws where (default: 0)")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,20 +178,15 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--out", type=Path, help="directory of the report (default: collapse/ in the run directory)")
     group.add_argument(
-        "--against", type=Path, nargs="+", default=[], help="other run directories, for the consistency of their loads"
+        "--against", type=Path, nargs="+", help="other run directories, for the consistency of their loads"
     )
-    group.add_argument(
-        "--slim", type=numbers, default=[1, 2, 4, 8, 16], help="k' of the slimmability curve (default: 1,2,4,8,16)"
-    )
+    group.add_argument("--slim", type=numbers, help="k' of the slimmability curve (default: 1,2,4,8,16)")
     group.add_argument(
         "--probe-tokens",
         type=positive,
-        default=4096,
         help="first so many tokens of the split are probed (default: 4096)",
     )
-    group.add_argument(
-        "--probe-samples", type=positive, default=256, help="of them, tokens that all experts compute (default: 256)"
-    )
+    group.add_argument("--probe-samples", type=positive, help="of them, tokens that all experts compute (default: 256)")
 
 
 def main(arguments: list[str]) -> None:
@@ -163,6 +195,7 @@ def main(arguments: list[str]) -> None:
     if options.report:
         report(options)
         return
+    from s2moe.data.units import unit_of
     from s2moe.training.standalone import evaluate_weights
 
     start = time.monotonic()
@@ -171,8 +204,8 @@ def main(arguments: list[str]) -> None:
     tokens = answer["attention_window"]
     window = f"attention to the last {tokens} tokens" if tokens else "attention to the whole window"
     print(
-        f"{answer['split']} of {answer['corpus']}: {answer['bpc']:.4f} bits per {answer['symbol']} over "
-        f"{answer['symbols']:,.0f} symbols, protocol {answer['protocol']}, "
+        f"{answer['split']} of {answer['corpus']}: {answer['bpc']:.4f} {unit_of(answer['symbol'])} over "
+        f"{answer['symbols']:,} {answer['symbol']}s, protocol {answer['protocol']}, "
         f"{window}, {answer['experts_per_token']} experts per token, weights {answer['weights']}"
     )
     if answer["corruption"]:
@@ -180,7 +213,7 @@ def main(arguments: list[str]) -> None:
         symbol = answer["symbol"]
         print(
             f"after {found['kind']} at rate {found['rate']:g} (seed {found['seed']}, {found['changed']:.2%} of the "
-            f"{symbol}s changed): {found['bpc']:.4f} bits per {symbol}, {found['bpc_increase']:+.4f}"
+            f"{symbol}s changed): {found['bpc']:.4f} {unit_of(symbol)}, {found['bpc_increase']:+.4f}"
         )
     print(json.dumps(answer))
 

@@ -98,6 +98,14 @@ def convert(options: argparse.Namespace) -> Path:
         return standalone.export_checkpoint(options.checkpoint, options.out, options.data)
     if options.form == "reshape":
         return standalone.reshape_checkpoint(options.checkpoint, options.out)
+    from s2moe.training.run_directory import new_model
+
+    with new_model(options.out):
+        return _converted(options)
+
+
+def _converted(options: argparse.Namespace) -> Path:
+    """What is no run's weights."""
     from s2moe.config import ConfigError
     from s2moe.hub import directories
 

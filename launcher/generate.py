@@ -12,7 +12,6 @@ token has the colour of its first expert in that layer, the prompt's tokens too.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -55,13 +54,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.tokens < 1:
         parser.error("--tokens must be at least 1")
-    if not 0 <= options.temperature < math.inf:
-        parser.error("--temperature must not be negative, nor infinite; 0 takes the likeliest token")
+    if not 0 <= options.temperature < float("inf"):
+        parser.error("--temperature must be a number and not negative; 0 takes the likeliest token")
+    if not -(2**63) <= options.seed < 2**64:
+        parser.error("--seed must be a number of 64 bits")
     if not 0 < options.top_p <= 1:
         parser.error("--top-p is a probability above 0")
     if options.prompt == "-":
-        options.prompt = sys.stdin.read()
+        options.prompt = read_prompt(parser)
     return options
+
+
+def read_prompt(parser: Parser) -> str:
+    """All of standard input."""
+    if sys.stdin is None:
+        parser.error("- reads the prompt from standard input, which is closed: give the text itself, or pipe it in")
+    try:
+        return sys.stdin.read()
+    except (OSError, ValueError) as error:  # a directory; bytes that are no text
+        parser.error(f"- reads the prompt from standard input, which cannot be read: {error}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ Settings come from the YAML file and, on top of it, from section.key=value argum
     ... --config ... model.moe.router.balance_loss=0                         a router's own option
 
 A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when it is
-finished, hf/. Started again with the same command, it continues from its newest complete checkpoint.
+finished, hf/. Started again with the same command, it continues from its newest complete checkpoint. A directory that
+something else made (another kind of run, another run, you) is refused with nothing touched; a finished run of which no
+checkpoint is left says that it is finished.
 
 What would it cost? --dry-run prints parameters, memory per process and FLOPs and allocates nothing:
 
@@ -22,12 +24,12 @@ What would it cost? --dry-run prints parameters, memory per process and FLOPs an
 
 Every published method is one setting, model.moe.method=...; --list-methods says which there are.
 
-SIGTERM and SIGUSR1, to any process of the run, save a checkpoint at the end of the step and stop it.
+SIGTERM and SIGUSR1, to any process of the run, Ctrl-C and a closed terminal save a checkpoint at the end of the step
+and stop it. A second Ctrl-C ends it at once.
 
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
-3 the loss or the gradient was not finite, processes diverged, or a checkpoint could not be written,
-4 another process was lost, or nothing went on for training.timeout_minutes, 75 stopped by a signal: to be
-started again.
+3 the loss or the gradient was not finite, processes diverged, or a disk is full, 4 another process was lost, or
+nothing went on for training.timeout_minutes, 75 stopped by a signal: to be started again, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -45,10 +47,10 @@ if TYPE_CHECKING:
     from s2moe.config.run import RunConfig
 
 try:
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 
 prepare_environment()
 
@@ -74,7 +76,7 @@ def main(arguments: list[str]) -> None:
     if options.help:
         from s2moe.config.explain import explain
 
-        print_help(f"{__doc__}\n{explain()}")
+        print(f"{__doc__}\n{explain()}")
         return
     if options.list_methods:
         from s2moe.config.explain import list_methods
@@ -93,12 +95,13 @@ def main(arguments: list[str]) -> None:
 def dry_run(config: RunConfig, world_size: int | None) -> None:
     """Print what the run would cost on `world_size` processes (default: one copy of the experts)."""
     from s2moe.config.run import check_world
+    from s2moe.training.environment import number
     from s2moe.training.plan import plan, vocabulary
 
-    world_size = world_size or int(os.environ.get("WORLD_SIZE", config.training.expert_parallel))
+    world_size = world_size or number(os.environ, "WORLD_SIZE", config.training.expert_parallel, least=1)
     check_world(config, world_size)
     symbols, note = vocabulary(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if number(os.environ, "RANK", 0) == 0:
         if note:
             print(note)
         print(plan(config, config.model_config(symbols), world_size))

@@ -11,8 +11,8 @@ out: the run goes on with the largest shape that divides batch and experts (--mi
 A wrong setting, a loss that is not finite or a full disk are not tried again.
 
 Exit status: that of the run (launcher/pretrain.py --help), or 4 when the restarts are used up. Signals are passed
-on: SIGTERM and SIGUSR1 save a checkpoint and end the run with status 75. One that comes while no process can save
-ends it too, and the newest checkpoint stays what it is.
+on: SIGTERM, SIGUSR1, Ctrl-C and a closed terminal save a checkpoint and end the run with status 75. One that comes
+while no process can save ends it too, and the newest checkpoint stays what it is.
 """
 
 from __future__ import annotations

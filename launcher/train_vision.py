@@ -13,7 +13,9 @@ Settings come from the YAML file and, on top of it, from section.key=value argum
     ... --config ... training.epochs=1 optimizer.lr=3e-4
 
 A run writes output_dir/name: config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and, when it is finished,
-evaluation.json and hf/. Started again with the same command, it continues from its newest complete checkpoint.
+evaluation.json and hf/. Started again with the same command, it continues from its newest complete checkpoint. A
+directory that something else made (another kind of run, another run, you) is refused with nothing touched; a finished
+run of which no checkpoint is left says that it is finished.
 
 --dry-run opens the images, prints parameters and steps, and trains nothing. --list-sets and --list-kinds say which
 images and models there are.
@@ -38,12 +40,12 @@ occlusion at five severities. mixture and snnl_moe: how alike experts are in wei
 class. vmoe: accuracy against compute, for many capacities, experts per token and priorities. vae: active experts, error
 by expert, probes, reconstructions.
 
-SIGTERM and SIGUSR1, to any process of a run, save a checkpoint at the end of the step and stop it.
+SIGTERM and SIGUSR1, to any process of a run, Ctrl-C and a closed terminal save a checkpoint at the end of the step
+and stop it. A second Ctrl-C ends it at once.
 
 Exit status: 0 finished (or stopped by training.stop_after_minutes), 2 a setting or the data is wrong,
-3 the loss or the gradient was not finite, processes diverged, or a checkpoint could not be written,
-4 another process was lost, or nothing went on for training.timeout_minutes, 75 stopped by a signal: to be
-started again.
+3 the loss or the gradient was not finite, processes diverged, or a disk is full, 4 another process was lost, or
+nothing went on for training.timeout_minutes, 75 stopped by a signal: to be started again, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -62,10 +64,10 @@ if TYPE_CHECKING:
     from s2moe.config.vision import VisionRunConfig
 
 try:
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 except ImportError:  # started as a file, from any directory
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from launcher.common import fail, prepare_environment, print_help, run, run_parser, train_and_report
+    from launcher.common import fail, prepare_environment, run, run_parser, train_and_report
 
 prepare_environment()
 
@@ -93,6 +95,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.needs("table or report", "source")
     parser.needs("report", "corrupt_seed", "samples")
     options = parser.parse_intermixed_args(arguments)
+    if options.source is not None and any(text.startswith("data.source=") for text in options.overrides):
+        parser.error("--source and data.source=... say the same: give one of them")
     if options.report is not None and (options.table is not None or options.config is not None):
         parser.error("--report goes without --config and --table: a run has its own settings")
     if options.report is not None and (options.overrides or options.dry_run):
@@ -110,7 +114,7 @@ def main(arguments: list[str]) -> None:
         from s2moe.config.help import help_text
         from s2moe.config.vision import VisionRunConfig, explain_kinds
 
-        print_help(f"{__doc__}\n{help_text(VisionRunConfig)}{explain_kinds()}")
+        print(f"{__doc__}\n{help_text(VisionRunConfig)}{explain_kinds()}")
     elif options.list_sets:
         from s2moe.data.images import IMAGE_SETS
 
@@ -142,9 +146,10 @@ def main(arguments: list[str]) -> None:
 
 def dry_run(config: VisionRunConfig) -> None:
     """Print what the run would be."""
+    from s2moe.training.environment import number
     from s2moe.training.vision_report import plan
 
-    if int(os.environ.get("RANK", "0")) == 0:
+    if number(os.environ, "RANK", 0) == 0:
         print(plan(config))
 
 
@@ -159,8 +164,9 @@ def train(config: VisionRunConfig) -> None:
 def make_report(options: argparse.Namespace) -> None:
     """Report on a finished run."""
     from s2moe.training.details import REPORT_TEXT, report_on
+    from s2moe.training.environment import number
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if number(os.environ, "WORLD_SIZE", 1) > 1:
         fail("error: --report runs in one process: start it with python", 2)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
     directory = report_on(options.report, options.source, options.corrupt_seed or 0, options.samples)

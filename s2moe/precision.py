@@ -22,6 +22,13 @@ def linear(value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(full_precision(value), full_precision(weight), full_bias)
 
 
+class FullPrecisionLinear(nn.Linear):
+    """A linear layer that computes in full precision. To be called, not read: an adapter may stand around it."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return linear(value, self.weight, self.bias)
+
+
 class KeepsBuffers(nn.Module):
     """A module whose own buffers stay float32 when ``.bfloat16()`` or ``.half()`` converts the model."""
 

@@ -206,6 +206,10 @@ finish() {
             exit "${own:-$status}"
             ;;
         75) ;;
+        130)
+            say "the run was interrupted, so it is not started again; the same sbatch command continues it"
+            exit 130
+            ;;
         *) show_errors ;;
     esac
     leave_to_slurm

@@ -44,7 +44,7 @@ PRELOAD = [
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # the engine asks it about every optimizer
     "transformers.modeling_utils",
-    "matplotlib.pyplot",  # every finished run draws its curves
+    "matplotlib.figure",  # every finished run draws its curves
     "sklearn.datasets",  # where the images of `digits` are
     "s2moe",
 ]

@@ -14,24 +14,41 @@ from .run import MINUTES, SEEDS, OptimizerConfig, require
 
 @dataclass
 class FinetuneDataConfig:
-    task: Literal["sst2", "sst5", "imdb", "banking77"] = option(help="the set of texts and classes")
-    source: str | None = option(
-        None, "a local copy, directory or archive, of the official files; null: download them to downloads/task"
+    task: Literal["sst2", "sst5", "imdb", "banking77", "own"] = option(
+        help="the set of texts and classes; own: your files, any classes"
     )
+    source: str | None = option(
+        None,
+        "a local copy, directory or archive, of the official files; null: download them to downloads/task. With task "
+        "own: a directory or archive with train and, where you have them, validation and test, each .csv, .tsv or "
+        ".jsonl; or one such file",
+    )
+    text_column: str | None = option(
+        None, "the column, or field, of your files that holds the text; null: text", needs="task=own"
+    )
+    label_column: str | None = option(None, "the one that holds the class; null: label", needs="task=own")
     downloads: str = option("data", "where downloaded files are kept", needs="not source")
-    official: bool = option(True, "whether the splits must have the official numbers of texts")
+    official: bool = option(True, "whether the splits must have the official numbers of texts", needs="task!=own")
     validation: float = option(
         0.1,
-        "part of train that is held out to choose the best epoch, where there is no official validation split",
+        "part of train that is held out to choose the best epoch, where there is no validation split of its own",
         above=0,
         below=1,
-        needs="task=imdb|banking77",
+        needs="task=imdb|banking77|own",
     )
     input_length: int = option(512, "most tokens of a text", least=1)
     keep: Literal["first", "last"] = option("first", "which tokens of a longer text remain")
     max_texts: int | None = option(
         None, "use at most so many texts of each split, for trying things; null: all", least=2
     )
+
+    def __post_init__(self) -> None:
+        require(
+            self.task != "own" or self.source is not None,
+            "data.source",
+            "must say where your files are, with data.task=own",
+            None,
+        )
 
 
 @dataclass

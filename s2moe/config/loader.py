@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from s2moe.options import deep_merge
+from s2moe.places import find
 
 from .options import MISSING, ConfigError, Key, Section, convert, dataclass_section
 from .plain_yaml import parse_yaml, read_yaml, write_yaml
@@ -31,6 +32,8 @@ def load(
 ) -> Config:
     """Read `path` (None: defaults only), apply `overrides`, check everything, build a `cls`.
 
+    A `path` that is not there is looked for in the project: configs/quickstart.yaml is found from any directory.
+
     Args:
         written: by a run, which has named what changes nothing already.
 
@@ -39,7 +42,7 @@ def load(
             what changes nothing in this run. In a file, which runs may share, that is only named, in a warning.
     """
     section = dataclass_section(cls)
-    tree = read_file(Path(path), section) if path is not None else {}
+    tree = read_file(find(Path(path)), section) if path is not None else {}
     asked: dict[str, Any] = {}
     for text in overrides:
         asked = deep_merge(asked, read_override(text, section))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from s2moe.moe.config import typed_moe
+from s2moe.moe.routers import ROUTERS
 from s2moe.options import option
 
 from .loader import to_dict
@@ -25,14 +26,13 @@ if TYPE_CHECKING:
 
 MINUTES = 10**6  # two years, which clocks of all kinds can count
 SEEDS = 2**32  # what every generator takes
-TOKENWISE = ("topk", "xmoe", "smoe_dropout")  # routers that choose by a token alone, wherever its sequence is
 
 
 @dataclass
 class DataConfig:
     dir: str = option(help="directory of a prepared corpus, written by `python -m data_prep`")
     train: str = option("train", "split to train on")
-    validation: str = option("valid", "split whose bits per character are reported")
+    validation: str = option("valid", "split whose bits per byte, character or word are reported")
     prepare: str | None = option(
         None, "what `python -m data_prep` is given, beside --out, to write the corpus: named where it is missing"
     )
@@ -142,7 +142,7 @@ class EvaluationConfig:
     batch: int = option(16, "windows per process and forward pass", least=1)
     max_symbols: int | None = option(
         None,
-        "during training score only the first so many tokens; the last validation scores all",
+        "during training score only the first so many bytes, characters or words; the last validation scores all",
         least=2,
         needs="every",
     )
@@ -321,19 +321,21 @@ class RunConfig(Run):
             f"must divide model.num_key_value_heads={groups}, or be a multiple of it",
             size,
         )
+        router = moe["router"]["name"]
         whole = [
-            f"model.moe.router.name={moe['router']['name']}" if moe["router"]["name"] not in TOKENWISE else "",
+            f"model.moe.router.name={router}" if not ROUTERS[router].tokenwise else "",
             "model.moe.router.sequence_loss" if moe["router"].get("sequence_loss") else "",
             "model.moe.stochastic.enabled" if moe["stochastic"]["enabled"] else "",
             "training.compile" if training.compile else "",
         ]
         found = " and ".join(filter(None, whole))
+        tokenwise = sorted(name for name, cls in ROUTERS.items() if cls.tokenwise)
         require(
             not found,
             key,
             f"does not go with {found}, which needs whole sequences",
             size,
-            f"use a router among {', '.join(TOKENWISE)} without those, or training.sequence_parallel=1 with "
+            f"use a router among {', '.join(tokenwise)} without those, or training.sequence_parallel=1 with "
             "training.activation_checkpointing=true, training.zero_stage=3 or a smaller training.micro_batch",
         )
 

@@ -17,8 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from s2moe.data.images import AUGMENTATIONS, IMAGE_SETS, ImageSet, open_images
 from s2moe.models.vision import VISION_KINDS, VisionConfig
-from s2moe.moe.config import MoEConfig, resolve_moe
-from s2moe.options import deep_merge, nearest, option
+from s2moe.moe.config import MoEConfig, method_of, resolve_moe
+from s2moe.options import nearest, option
 
 from .help import section_text
 from .loader import build as build_section
@@ -56,8 +56,8 @@ class VisionDataConfig:
     augmentation: str | None = option(None, "of training images, none or flip_crop; null: the set's own")
     normalise: bool | None = option(
         None,
-        "subtract the set's mean and divide by its standard deviation; false: pixels in [0, 1]; null: true, but false "
-        "for kind vae, which needs such pixels",
+        "subtract the set's mean and divide by its standard deviation; false: pixels in [0, 1]; null: true, but for "
+        "kind vae, which takes no other pixels, false",
         needs="model.kind!=vae",
     )
     fraction: float = option(1.0, "train on the first part of each class only", above=0, most=1)
@@ -233,8 +233,9 @@ class VisionRunConfig(Run):
         fields = {name: known.default for name, known in model.keys.items() if isinstance(known, Key)} | self.model
         facts = {"SMoE layers": "moe" in model.keys and fields["placement"] != "none"}
         if "moe" in model.keys:
+            given = fields["moe"] or {}
             try:
-                moe = resolve_moe(deep_merge({"method": "vmoe", "num_experts": 8}, fields["moe"] or {}))
+                moe = resolve_moe({"method": method_of(given, "vmoe"), "num_experts": 8, **given})
             except ValueError as error:
                 raise ConfigError(f"model.moe: {error}") from error
             model, fields["moe"] = with_router(model, moe.router["name"]), dataclasses.asdict(moe)

@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 
 from torch.hub import download_url_to_file
 
-from s2moe.data.errors import CorpusError
+from s2moe.data.errors import DAMAGED, CorpusError
+from s2moe.data.text_lines import decode
 
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError)
+UNREADABLE = (*DAMAGED, OSError, UnicodeDecodeError)
 
 
 class Files:
@@ -44,7 +45,7 @@ class Files:
                 with tarfile.open(path) as archive:
                     names = archive.getnames()
                 return cls(str(path), names, lambda wanted: _from_tar(path, wanted))
-        except DAMAGED as error:
+        except UNREADABLE as error:
             raise CorpusError(f"{path} cannot be read ({error}); get it again") from error
         raise CorpusError(f"{path} is neither a directory nor a zip or tar archive; give one with data.source")
 
@@ -55,7 +56,7 @@ class Files:
         def read(wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
             for path, file in files.items():
                 if wanted(path):
-                    yield path, file.read_text(encoding="utf-8")
+                    yield path, decode(file.read_bytes())
 
         return cls(name, list(files), read)
 
@@ -102,7 +103,7 @@ class Files:
     def _all(self, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
         try:
             return list(self._read(wanted))
-        except DAMAGED as error:
+        except UNREADABLE as error:
             raise CorpusError(f"{self.name} cannot be read ({error}); get it again") from error
 
 
@@ -110,7 +111,7 @@ def _from_zip(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if not name.endswith("/") and wanted(name):
-                yield name, archive.read(name).decode()
+                yield name, decode(archive.read(name))
 
 
 def _from_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
@@ -119,4 +120,4 @@ def _from_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
             if member.isfile() and wanted(member.name):
                 file = archive.extractfile(member)
                 assert file is not None
-                yield member.name, file.read().decode()
+                yield member.name, decode(file.read())

@@ -1,4 +1,4 @@
-"""What general-purpose compressors make of a text: the bar for a language model's bits per character."""
+"""What general-purpose compressors make of a text: the bar for a language model's bits per byte."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compressor_bits(data: bytes, given: bytes) -> dict[str, dict[str, float]]:
     len(data), what ``data`` adds once the training text ``given`` is known. How much of that each can use
     differs: gzip looks back 32 kB and bzip2 sorts blocks of 900 kB, so they see only the end of a longer
     ``given``; xz gets a dictionary that holds all of it, up to 1.5 GiB, for eleven times that in memory.
-    The figures are per byte: bits per character where the text is ASCII, or a byte model is compared.
+    The figures are per byte: bits per character where the text is ASCII.
     """
     if not data:
         raise ValueError("there is nothing to compress: data is empty")

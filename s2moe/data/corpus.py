@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 from s2moe.data.errors import CorpusError
 from s2moe.data.tokenizer_base import Tokenizer
 from s2moe.data.tokenizers import load_tokenizer
+from s2moe.places import DATA_PREP
 
 FORMAT = 1
+VERIFIED_BYTES = 1 << 30  # a split up to this size is compared with its checksum when it is opened: 0.1 s for 100 MB
+CHUNK_TOKENS = 1 << 20
 METADATA_FILE = "metadata.json"
 SPLITS = ("train", "valid", "test")
 
@@ -81,13 +84,28 @@ class CorpusMetadata:
 
 
 class TokenStream(Sequence[int]):
-    """One split's tokens ``[tokens]``, memory-mapped; indexing and slicing are numpy's."""
+    """One split's tokens ``[tokens]``, memory-mapped; indexing and slicing are numpy's.
 
-    def __init__(self, name: str, tokens: NDArray[Any], symbols: int, path: Path | None = None) -> None:
+    Args:
+        symbols: what all of it counts in a figure per symbol.
+        symbols_V: what each id counts, ``Tokenizer.symbols_V``.
+        vocab_size: an id that is not below it is an error where it is read; None: any may be.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokens: NDArray[Any],
+        symbols: int,
+        path: Path | None = None,
+        symbols_V: NDArray[np.int64] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
         self.name = name
         self.tokens = tokens
         self.symbols = symbols
         self.path = path
+        self._symbols_V, self._vocab_size = symbols_V, vocab_size
         self._opened = None if path is None else _signature(path)
 
     def require_unchanged(self) -> None:
@@ -108,19 +126,45 @@ class TokenStream(Sequence[int]):
         return int(self.tokens.size)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.tokens[index]
+        """As numpy's. CorpusError for an id beyond the vocabulary, which only a damaged file has."""
+        ids = self.tokens[index]
+        if self._vocab_size is not None and np.size(ids) and (largest := int(np.max(ids))) >= self._vocab_size:
+            raise CorpusError(
+                f"{self.path or self.name} has the id {largest}, which the vocabulary of {self._vocab_size} has not: "
+                "the file is damaged; prepare the corpus again"
+            )
+        return ids
+
+    def count_symbols(self, start: int, stop: int) -> int:
+        """How many symbols the tokens ``start`` to ``stop - 1`` count in a figure per symbol."""
+        ids = self[start:stop]
+        return len(ids) if self._symbols_V is None else int(self._symbols_V[ids].sum())
+
+    def tokens_within(self, symbols: int) -> int:
+        """The length in tokens of the longest beginning that counts at most so many symbols."""
+        if self._symbols_V is None:
+            return min(symbols, len(self))
+        counted = 0
+        for start in range(0, len(self), CHUNK_TOKENS):
+            counts = counted + np.cumsum(self._symbols_V[self[start : start + CHUNK_TOKENS]])
+            if counts[-1] > symbols:
+                return start + int(np.searchsorted(counts, symbols, side="right"))
+            counted = int(counts[-1])
+        return len(self)
 
 
 class Corpus:
     """A prepared directory, opened for reading.
 
-    Opening checks that every file has the length that the metadata says, which costs nothing;
-    :meth:`verify` reads everything and compares checksums.
+    Opening checks that every file has the length that the metadata says, which costs nothing; a split of at most
+    1 GiB is compared with its checksum when it is first read. :meth:`verify` compares all, as preparing the same
+    corpus again does.
     """
 
     def __init__(self, directory: Path, metadata: CorpusMetadata) -> None:
         self.directory = directory
         self.metadata = metadata
+        self._verified: set[str] = set()
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], prepare: str | None = None) -> Corpus:
@@ -149,27 +193,44 @@ class Corpus:
         return tokenizer
 
     def split(self, name: str) -> TokenStream:
-        """The tokens of "train", "valid" or "test", opened read-only on first use."""
+        """The tokens of "train", "valid" or "test", opened read-only.
+
+        Raises:
+            CorpusError: there is no such split, or its file is not what was written.
+        """
         if name not in self.metadata.splits:
             known = ", ".join(self.metadata.splits)
             raise CorpusError(f"{self.name} has no split {name!r}; it has {known}")
+        if name not in self._verified and self._bytes(name) <= VERIFIED_BYTES:
+            self._verify(name)
         tokens = np.memmap(self.path(name), dtype=self.metadata.dtype, mode="r")
-        return TokenStream(name, tokens, self.metadata.splits[name].symbols, self.path(name))
+        return TokenStream(
+            name,
+            tokens,
+            self.metadata.splits[name].symbols,
+            self.path(name),
+            self.tokenizer.symbols_V,
+            self.metadata.vocab_size,
+        )
 
     def text_bytes(self, name: str) -> bytes:
         """A split's text, decoded again, as bytes (all of it in memory)."""
-        return self.tokenizer.decode_bytes(self.split(name).tokens)
+        return self.tokenizer.decode_bytes(self.split(name)[:])
 
     def path(self, name: str) -> Path:
         return self.directory / f"{name}.bin"
 
     def verify(self) -> None:
         """Read every split and compare its sha256; CorpusError for a difference."""
-        for name, split in self.metadata.splits.items():
-            with self.path(name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != split.sha256:
-                    raise self.damaged(f"{name}.bin has another checksum than when it was written")
+        for name in self.metadata.splits:
+            self._verify(name)
         _ = self.tokenizer
+
+    def _verify(self, name: str) -> None:
+        with self.path(name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.metadata.splits[name].sha256:
+                raise self.damaged(f"{name}.bin has another checksum than when it was written")
+        self._verified.add(name)
 
     def damaged(self, problem: str) -> CorpusError:
         """The error for a directory whose files do not fit together."""
@@ -189,4 +250,4 @@ def preparation_command(directory: str | os.PathLike[str]) -> str:
     name = Path(directory).name
     known = ("text8", "enwik8", "wikitext103", "embedded")
     corpus = next((corpus for corpus in known if name.startswith(corpus)), "{" + ",".join((*known, "text")) + "}")
-    return f"python -m data_prep {corpus} --out {directory}"
+    return f"{DATA_PREP} {corpus} --out {directory}"

@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 from s2moe.data.classification import Examples
 from s2moe.data.errors import CorpusError
+from s2moe.data.library import expressing
 from s2moe.data.tokenizer_base import Tokenizer, Tokens
-from s2moe.data.tokenizers import TEXT8_ALPHABET, CharacterTokenizer
 
 Keep = Literal["first", "last"]
-_DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ENCODED_AT_ONCE = 256  # texts that the library encodes side by side; its own records of tokens take much memory
 
 
 class CuttingEncoder(Protocol):
@@ -25,8 +25,8 @@ class CuttingEncoder(Protocol):
     def kind(self) -> str:
         """Its name, for people."""
 
-    def encode_within(self, text: str, length: int, keep: Keep) -> Tokens:
-        """Token ids [tokens], at most ``length``: the tokens around, and the first or last of the text's own."""
+    def encode_within(self, texts: Sequence[str], length: int, keep: Keep) -> list[Tokens]:
+        """Of each text token ids [tokens], at most ``length``: those around it, and the first or last of its own."""
 
 
 Encoder = Tokenizer | CuttingEncoder
@@ -42,7 +42,7 @@ class EncodedTexts(Dataset):
 
     def __init__(self, examples: Examples, tokenizer: Encoder, length: int, keep: Keep = "first") -> None:
         self.labels = examples.labels
-        self.tokens = [encode_text(tokenizer, text, length, keep) for text in examples.texts]
+        self.tokens = encode_texts(tokenizer, examples.texts, length, keep)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,28 +57,30 @@ def encode_text(tokenizer: Encoder, text: str, length: int, keep: Keep = "first"
     Raises:
         CorpusError: if nothing is left of it in this vocabulary.
     """
-    if isinstance(tokenizer, Tokenizer):
-        ids = tokenizer.encode(expressible(tokenizer, text))
-        ids = ids[:length] if keep == "first" else ids[-length:]
-    else:
-        ids = tokenizer.encode_within(text, length, keep)
-    if len(ids) == 0:
-        raise CorpusError(f"the text {text[:60]!r} has no token in this {tokenizer.kind} vocabulary")
-    return torch.from_numpy(ids.astype(np.int64))
+    return encode_texts(tokenizer, [text], length, keep)[0]
+
+
+def encode_texts(tokenizer: Encoder, texts: Sequence[str], length: int, keep: Keep = "first") -> list[torch.Tensor]:
+    """``encode_text`` of each text."""
+    encoded: list[torch.Tensor] = []
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        some = texts[start : start + ENCODED_AT_ONCE]
+        if isinstance(tokenizer, Tokenizer):
+            whole = (tokenizer.encode(expressible(tokenizer, text)) for text in some)
+            cut = [ids[:length] if keep == "first" else ids[-length:] for ids in whole]
+        else:
+            cut = tokenizer.encode_within(some, length, keep)
+        for text, ids in zip(some, cut, strict=True):
+            if len(ids) == 0:
+                raise CorpusError(f"the text {text[:60]!r} has no token in this {tokenizer.kind} vocabulary")
+            encoded.append(torch.from_numpy(ids.astype(np.int64)))
+    return encoded
 
 
 def expressible(tokenizer: Tokenizer, text: str) -> str:
-    """The text in the characters that the vocabulary has.
-
-    text8's 27 are reached as its authors did: lower case, digits spelt out, all else a space, never two. Of another
-    alphabet the characters that it lacks are left out.
-    """
-    if not isinstance(tokenizer, CharacterTokenizer):
-        return text
-    if set(tokenizer.alphabet) == set(TEXT8_ALPHABET):
-        spelt = "".join(f" {_DIGITS[int(c)]} " if c in "0123456789" else c for c in text.lower())
-        return " ".join("".join(c if c in TEXT8_ALPHABET else " " for c in spelt).split())
-    return "".join(character for character in text if character in tokenizer.alphabet)
+    """The text in what the vocabulary has: see ``expressing``."""
+    change = expressing(tokenizer)
+    return text if change is None else change.normalize_str(text)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ class WindowSampler:
                 f"give a sequence length of at most {len(stream) // 2}, or more text"
             )
         self.stream = stream if isinstance(stream, TokenStream) else None
-        self.tokens = stream.tokens if isinstance(stream, TokenStream) else stream
+        self.tokens = stream
         self.sequence_length = sequence_length
         self.seed = seed
         # The largest number that fits behind every phase: phase + windows * S + 1 <= tokens.

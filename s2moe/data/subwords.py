@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sentencepiece import sentencepiece_model_pb2 as model_format
 
 from s2moe.data.errors import CorpusError
@@ -28,7 +29,8 @@ from s2moe.data.tokenizer_base import (
 MODEL_FILE = "sentencepiece.model"
 SEGMENT_CHARACTERS = 4096  # a longer line is cut, as the library's time and memory grow with its sentence
 TRAINING_SEGMENTS = 1_000_000
-_SEGMENT = re.compile(rf"[^\n]{{0,{SEGMENT_CHARACTERS - 1}}}\n|[^\n]{{1,{SEGMENT_CHARACTERS}}}")
+SEGMENT = rf"[^\n]{{0,{SEGMENT_CHARACTERS - 1}}}\n|[^\n]{{1,{SEGMENT_CHARACTERS}}}"
+SPACE = "\u2581"  # how SentencePiece writes a space
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -96,7 +98,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         except RuntimeError as error:
             raise CorpusError(_training_problem(str(error), vocab_size)) from error
-        return cls(trained.getvalue())
+        return cls(exact_scores(trained.getvalue()))
 
     @property
     def vocab_size(self) -> int:
@@ -143,8 +145,15 @@ class SentencePieceTokenizer(Tokenizer):
             start = stop + 1
         return REPLACEMENT.join(parts)
 
-    def count_symbols(self, data: bytes, tokens: int) -> int:
-        return count_characters(data)
+    @cached_property
+    def symbols_V(self) -> NDArray[np.int64]:
+        """Characters of each piece; of a byte 1 where it begins a character. A control piece stands for no text."""
+        look_up, silent = self._processor.id_to_piece, self._processor.is_control
+        texts = (
+            bytes([int(piece[3:5], 16)]) if self._processor.is_byte(index) else "" if silent(index) else piece
+            for index, piece in enumerate(map(look_up, range(self.vocab_size)))
+        )
+        return np.array([count_characters(as_bytes(text)) for text in texts], dtype=np.int64)
 
     def save(self, directory: str | Path) -> list[Path]:
         path = Path(directory) / MODEL_FILE
@@ -158,7 +167,19 @@ class SentencePieceTokenizer(Tokenizer):
 
 def segments(text: str) -> Iterator[str]:
     """A text in lines with their line ends, longer lines cut; joined they are the text."""
-    return (match.group() for match in _SEGMENT.finditer(text))
+    return (match.group() for match in re.finditer(SEGMENT, text))
+
+
+def exact_scores(model: bytes) -> bytes:
+    """The model with scores in steps of 1/128, whose sums over a segment are exact in any floating-point type.
+
+    So every program that reads the model finds the same pieces, also where the same ones in another order are as good.
+    """
+    parsed = model_format.ModelProto()
+    parsed.ParseFromString(model)
+    for piece in parsed.pieces:
+        piece.score = round(128 * piece.score) / 128
+    return bytes(parsed.SerializeToString())
 
 
 def _training_problem(message: str, vocab_size: int) -> str:

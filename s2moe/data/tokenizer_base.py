@@ -51,9 +51,19 @@ class Tokenizer(ABC):
         """The text that ``ids`` stand for; what is not UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    @abstractmethod
-    def count_symbols(self, data: bytes, tokens: int) -> int:
-        """How many symbols ``data``, which encodes to ``tokens`` tokens, counts in a figure per symbol."""
+    @property
+    def symbols_V(self) -> NDArray[np.int64] | None:
+        """How many symbols each id counts in a figure per symbol ``[V]``; None where each counts one.
+
+        A character counts where its first byte is, so the tokens of a text count its characters, however a
+        character is spread over tokens and whatever part of the text they are.
+        """
+        return None
+
+    def count_symbols(self, ids: ArrayLike) -> int:
+        """How many symbols the tokens ``ids`` count in a figure per symbol."""
+        array = integer_ids(ids)
+        return array.size if self.symbols_V is None else int(self.symbols_V[array].sum())
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write the tokenizer's files into ``directory`` and return their paths."""

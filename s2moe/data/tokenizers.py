@@ -22,7 +22,6 @@ from s2moe.data.tokenizer_base import (
     Tokens,
     as_bytes,
     as_text,
-    count_characters,
     integer_ids,
     token_dtype,
 )
@@ -49,9 +48,6 @@ class ByteTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
         return _look_up_bytes(integer_ids(ids), np.arange(256, dtype=np.uint8))
-
-    def count_symbols(self, data: bytes, tokens: int) -> int:
-        return len(data)
 
     @classmethod
     def _load(cls, directory: Path, state: dict[str, Any]) -> ByteTokenizer:
@@ -93,9 +89,6 @@ class ReducedByteTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: ArrayLike) -> bytes:
         return _look_up_bytes(integer_ids(ids), self._bytes)
-
-    def count_symbols(self, data: bytes, tokens: int) -> int:
-        return tokens
 
     def _state(self) -> dict[str, Any]:
         return {"alphabet": list(self.alphabet), "newline": self.newline}
@@ -147,9 +140,6 @@ class CharacterTokenizer(Tokenizer):
         known = (array >= 0) & (array < self.vocab_size)
         points[known] = self._characters[array[known]]
         return points.tobytes().decode("utf-32-le").encode()
-
-    def count_symbols(self, data: bytes, tokens: int) -> int:
-        return count_characters(data)
 
     def _state(self) -> dict[str, Any]:
         return {"alphabet": self.alphabet}

@@ -65,9 +65,6 @@ class WordTokenizer(Tokenizer):
         text = " ".join("\n" if word == EOS else word for word in words)
         return re.sub(" ?\n ?", "\n", text).encode()
 
-    def count_symbols(self, data: bytes, tokens: int) -> int:
-        return tokens
-
     def save(self, directory: str | Path) -> list[Path]:
         path = Path(directory) / VOCABULARY_FILE
         path.write_text("\n".join(self.words) + "\n", encoding="utf-8")

@@ -118,11 +118,11 @@ class CorpusWriter:
                 file.write(data)
                 digest.update(data)
                 tokens += ids.size
-                symbols += tokenizer.count_symbols(piece, ids.size)
+                symbols += tokenizer.count_symbols(ids)
                 if progress is not None:
                     progress(len(piece))
         if not tokens:
-            raise CorpusError(f"the {name} split is empty; give more text, or other fractions")
+            raise CorpusError(f"the {name} split is empty; give more text")
         self.splits[name] = SplitMetadata(tokens, symbols, digest.hexdigest())
 
     def finish(

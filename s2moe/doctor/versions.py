@@ -5,15 +5,16 @@ from __future__ import annotations
 import platform
 import tomllib
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
 
+from s2moe.places import ROOT
+
 from .finding import Finding, judge
 
 SHOWN = ("torch", "deepspeed", "transformers", "accelerate")
-PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PROJECT = ROOT / "pyproject.toml"
 
 
 def check_versions() -> list[Finding]:

@@ -12,14 +12,17 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from accelerate.utils.constants import RNG_STATE_NAME
 from torch import nn
 
 from s2moe.config.options import ConfigError
 from s2moe.moe.layer import SMoELayer
+from s2moe.parallel import deepspeed_compat
 from s2moe.training.ranks import from_first
 
 from .adapters import freeze_what_an_adapter_leaves
 from .callback import connect
+from .reading import reading
 from .trainer import (
     COMPLETE,
     check_accelerator,
@@ -47,6 +50,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, *others:
                 "DeepSpeed wants experts in groups of their own: give the optimizer parameter_groups(model, lr, "
                 "weight_decay) of s2moe.finetuning.optimizer, not model.parameters()"
             )
+    else:
+        deepspeed_compat.need_no_gradient(model)
     freeze_what_an_adapter_leaves(model)
     connect(model)
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
@@ -62,6 +67,7 @@ def save_state(accelerator: Accelerator, model: nn.Module, directory: Path | str
     target = Path(directory) / f"{STATE}-{step}"
     if accelerator.is_main_process:
         (target / COMPLETE).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()  # before anything of it is overwritten
     accelerator.save_state(str(target))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -72,12 +78,18 @@ def save_state(accelerator: Accelerator, model: nn.Module, directory: Path | str
 def load_state(accelerator: Accelerator, model: nn.Module, directory: Path | str) -> int:
     """Continue from the newest complete state in `directory`; the steps that were done then, 0 if there is none.
 
+    Nothing in it is executed: objects that the loop registered for checkpointing may hold tensors, numbers and
+    containers of them, no classes of their own.
+
     Raises:
-        ConfigError: it was written by a loop that was spread otherwise.
+        ConfigError: it was written by a loop that was spread otherwise, cannot be read, or would run code.
     """
     newest = from_first(newest_checkpoint(directory, STATE))
     if newest is None:
         return 0
     require_same_shape(Path(newest), shape_of(accelerator, accelerator.unwrap_model(model)))
-    accelerator.load_state(newest)
+    with reading(newest):
+        for file in Path(newest).glob(f"{RNG_STATE_NAME}_*.pkl"):  # accelerate goes on without those it cannot read
+            deepspeed_compat.load_file(file, mmap=False)
+        accelerator.load_state(newest)
     return step_of(newest)

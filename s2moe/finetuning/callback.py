@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from s2moe.training.routing_totals import LayerTotals, RoutingTotals
 from s2moe.training.run_log import layer_figures
 from s2moe.training.tensorboard import TensorBoard
 
+from .adapters import freeze_what_an_adapter_leaves
+
 
 class RoutingCallback(TrainerCallback):
     """With transformers.Trainer, its own subclasses included, and a model of this project.
 
     Before every forward pass in training it gives the layers their RoutingContext: seed and step, which key their
     noise; the run's length, which schedules follow (StableMoE's stages, SMoE-Dropout's k); the number of the
-    micro-batch. After every optimizer step it hands the routers the feedback of all its micro-batches and ranks, once
-    (selection biases, thresholds). And it writes each layer's load and figures to TensorBoard, at the Trainer's
-    logging steps.
+    micro-batch. Dropout is keyed by the same, and rank. After every optimizer step it hands the routers the feedback
+    of all its micro-batches and ranks, once (selection biases, thresholds). And it writes each layer's load and figures
+    to TensorBoard, at the Trainer's logging steps.
 
         Trainer(model=model, args=args, callbacks=[RoutingCallback()], ...).train()
 
@@ -53,6 +56,7 @@ class RoutingCallback(TrainerCallback):
         self._hooks: list[Any] = []
         self._board: TensorBoard | None = None
         self._model: Any = None
+        self._draws = ExitStack()  # of a forward pass
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -60,6 +64,7 @@ class RoutingCallback(TrainerCallback):
         self._close()
         self._model = routed_model(model)
         self._args, self._state = args, state
+        freeze_what_an_adapter_leaves(model)
         connect(self._model)
         self._hooks = [
             self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -125,21 +130,33 @@ class RoutingCallback(TrainerCallback):
             microbatch=self._microbatch * world + rank,
         )
         self._microbatch += 1
+        self._draws.close()  # of a pass that failed
+        self._draws.enter_context(drawing(context))
         return args, {**kwargs, "context": context}
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._draws.close()
         routing: Sequence[LayerStatistics] | None = getattr(output, "routing", None)
         if model.training and torch.is_grad_enabled() and routing:
             self._pending.append(tuple(layer._replace(loss=layer.loss.detach()) for layer in routing))
             self._totals.add(self._pending[-1])
 
     def _close(self) -> None:
+        self._draws.close()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self._board is not None:
             self._board.close()
             self._board = None
+
+
+@contextmanager
+def drawing(context: RoutingContext) -> Iterator[None]:
+    """Within it dropout draws by step, micro-batch and rank; the Trainer's own state, the same on all ranks, stays."""
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(context.dropout_seed())
+        yield
 
 
 def routed_model(model: nn.Module) -> nn.Module:

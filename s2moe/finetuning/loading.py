@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from s2moe.config.options import ConfigError
+from s2moe.hub.reading import read_config, require_config, require_whole
+from s2moe.hub.weight_files import WeightFiles
 from s2moe.models.zero3 import without_zero3
 from s2moe.options import deep_merge
 from s2moe.parallel import ExpertParallel
@@ -54,14 +55,14 @@ def load_pretrained(
     """
     weights = find_weights(Path(path))
     config = changed_config(weights, changes or {})
-    cls = _class_for(cls, config, weights)
+    cls = class_for(cls, config, weights)
     with without_zero3():
         model = cls(config, parallel)
     if weights.hf is not None and model.can_generate() and (weights.hf / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(weights.hf)
+        model.generation_config = read_config(GenerationConfig, weights.hf)
     headless = f"{model.base_model_prefix}." if model.base_model is model else ""
     tensors = {name.removeprefix(headless): read for name, read in _tensors(weights)}
-    missing, unexpected = _load(model, tensors)
+    missing, unexpected, others = _load(model, tensors)
     gates = {name for name in unexpected if ".mix_gate." in name}
     stochastic = config.moe_config().stochastic
     if gates and not stochastic.enabled:
@@ -74,16 +75,13 @@ def load_pretrained(
     missing -= set(model.all_tied_weights_keys)
     missing = {name for name in missing if not name.startswith("score.")}
     unexpected = {name for name in unexpected if not name.startswith(HEADS)}
-    if missing or unexpected:
-        raise ConfigError(
-            f"{weights.description} does not fit a {cls.__name__} of its configuration: "
-            f"missing {sorted(missing)}, unexpected {sorted(unexpected)}"
-        )
+    changed = f" with other {', '.join(changes)}" if changes else ""
+    require_whole(f"{weights.description}, for a {cls.__name__}{changed},", missing, unexpected, others)
     model.tie_weights()
     return model
 
 
-def _class_for(cls: Any, config: PreTrainedConfig, weights: Weights) -> Any:
+def class_for(cls: Any, config: PreTrainedConfig, weights: Weights) -> Any:
     """The class of model with this configuration that an Auto class stands for."""
     found = cls._model_mapping.get(type(config), None) if hasattr(cls, "_model_mapping") else cls
     if found is None or found.config_class is not type(config):
@@ -97,7 +95,7 @@ def _class_for(cls: Any, config: PreTrainedConfig, weights: Weights) -> Any:
 def changed_config(weights: Weights, changes: Mapping[str, Any]) -> Any:
     """The configuration of these weights with changes. Raises ConfigError for what is impossible."""
     if weights.hf is not None:
-        values = PreTrainedConfig.get_config_dict(weights.hf)[0]
+        values = require_config(weights.hf)
     else:
         assert weights.checkpoint is not None
         values = checkpoint_config(weights.checkpoint).to_dict()
@@ -124,8 +122,8 @@ def changed_config(weights: Weights, changes: Mapping[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def _load(model: PreTrainedModel, tensors: Mapping[str, Read]) -> tuple[set[str], set[str]]:
-    """Copy what has a place in the model; names that only the model has, and that only the tensors have."""
+def _load(model: PreTrainedModel, tensors: Mapping[str, Read]) -> tuple[set[str], set[str], set[str]]:
+    """Copy what has a place in the model; names that only the model has, that only the tensors have, of other sizes."""
     experts = expert_parameters(model)
     counts = {
         f"{path}.experts.{weight}": layer.num_experts
@@ -133,17 +131,15 @@ def _load(model: PreTrainedModel, tensors: Mapping[str, Read]) -> tuple[set[str]
         if hasattr(layer, "num_local_experts")
         for weight in ("w1", "w2", "w3")
     }
-    places = model.state_dict()
+    places, others = model.state_dict(), set()
     for name in places.keys() & tensors.keys():
         rows = experts[name].local_experts(counts[name]) if name in experts else None
         tensor = tensors[name](rows)
-        if tensor.shape != places[name].shape:
-            raise ConfigError(
-                f"{name} is {list(tensor.shape)} in the weights, {list(places[name].shape)} in the model: "
-                "they are not of the same sizes"
-            )
-        places[name].copy_(tensor)
-    return places.keys() - tensors.keys(), tensors.keys() - places.keys()
+        if tensor.shape == places[name].shape:
+            places[name].copy_(tensor)
+        else:
+            others.add(name)
+    return places.keys() - tensors.keys(), tensors.keys() - places.keys(), others
 
 
 def _tensors(weights: Weights) -> Iterator[tuple[str, Read]]:
@@ -153,23 +149,13 @@ def _tensors(weights: Weights) -> Iterator[tuple[str, Read]]:
         for name, tensor in checkpoint_state(weights.checkpoint).items():
             yield name, partial(_rows, tensor)
         return
-    files = sorted(weights.hf.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{weights.hf} has no weights: expected *.safetensors beside config.json")
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-        for name in names:
-            yield name, partial(_read, path, name)
+    files = WeightFiles(weights.hf)
+    for name in files.shapes:
+        yield name, partial(files.rows, name)
 
 
 def _rows(tensor: Tensor, rows: range | None) -> Tensor:
     return tensor if rows is None else tensor[rows.start : rows.stop]
-
-
-def _read(path: Path, name: str, rows: range | None) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows.start : rows.stop]
 
 
 def save_pretrained(model: PreTrainedModel, directory: Path | str) -> None:

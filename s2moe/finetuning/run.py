@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,31 +21,31 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from s2moe.config import ConfigError, load, to_dict, to_yaml
+from s2moe.config import ConfigError
 from s2moe.config.finetune import FinetuneConfig
-from s2moe.data import Tokenizer
-from s2moe.data.classification import ClassificationData, load_classification, subset
-from s2moe.data.encoding import EncodedTexts, collate
+from s2moe.data.encoding import collate
 from s2moe.hub.card import write_card
 from s2moe.moe.freezing import freeze_named
 from s2moe.parallel import deepspeed_compat
 from s2moe.training.agreement import together
-from s2moe.training.export import HF_DIRECTORY, ORIGIN_FILE, empty_beside, put_in_place
+from s2moe.training.export import HF_DIRECTORY, empty_beside, put_in_place
 from s2moe.training.metrics_log import MetricsLog
 from s2moe.training.processes import Processes
-from s2moe.training.ranks import from_first
+from s2moe.training.ranks import barrier
+from s2moe.training.run_directory import FINETUNING, ORIGIN_FILE, claimed, write_json
 from s2moe.training.run_log import layer_figures
-from s2moe.training.signals import stop_signal
+from s2moe.training.signals import losing, loss, stop_signal
 from s2moe.training.tensorboard import TensorBoard
-from s2moe.training.weights import find_weights
 
 from .callback import RoutingCallback
-from .loading import changed_config, load_pretrained
-from .tokenizer import TheirTokenizer, save_for_auto, tokenizer_of
+from .loading import load_pretrained
+from .opening import Pretrained, load_data
+from .start import RESULTS_FILE, choose_start, take_over
+from .tokenizer import TheirTokenizer, save_for_auto
 from .trainer import S2MoETrainer, cpu_processes, deepspeed_settings, newest_checkpoint, step_of
 
-RESULTS_FILE = "results.json"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 NAMES = {
     "loss": "train/loss",
@@ -58,153 +55,113 @@ NAMES = {
     "eval_loss": "val/loss",
     "eval_accuracy": "val/accuracy",
 }
-FREE = ("output_dir", "name", "checkpoint", "logging")  # sections that a run may change when it continues
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run came to; `results` is empty when a signal stopped it first."""
+    """What a run came to; `results` is empty when a signal stopped it first.
+
+    `finished_before` is True when an earlier start had finished it, and this one did nothing.
+    """
 
     directory: Path
     step: int
     results: dict[str, Any]
+    finished_before: bool = False
 
 
 def finetune(config: FinetuneConfig, processes: Processes) -> FinetuneResult:
     """Fine-tune, continuing from the newest complete checkpoint if there is one. Collective.
 
     Raises:
-        ConfigError, CorpusError: a setting, the texts or the weights do not allow the run.
+        ConfigError, CorpusError: a setting, the texts, the weights or what the run's directory holds do not allow the
+            run, or another start of it goes on.
         TrainingError: the loss is not finite.
     """
     with together(processes):
         micro_batch = config.micro_batch(processes.world_size)
-        weights = find_weights(Path(config.model.checkpoint))
-        tokenizer = tokenizer_of(weights)
-        before = changed_config(weights, {})
-        moe = before.moe_config()
-        config.check_dense(sum(map(moe.is_sparse, range(before.num_hidden_layers))))
-        if not config.model.noise and not moe.stochastic.enabled and processes.is_main:
-            print("warning: without effect in this run: model.noise (the model has no noisy copies)", flush=True)
-        if config.data.input_length > before.max_position_embeddings:
-            raise ConfigError(
-                f"data.input_length: {weights.description} was pre-trained on at most {before.max_position_embeddings} "
-                f"tokens, got {config.data.input_length}"
-            )
+        pretrained = Pretrained.open(config)
+    if not config.model.noise and not pretrained.config.moe_config().stochastic.enabled and processes.is_main:
+        print("warning: without effect in this run: model.noise (the model has no noisy copies)", flush=True)
     data = load_data(config, processes)
     with together(processes):
-        changes = config.model_changes(before.moe_config().router, data.classes)
-        changed_config(weights, changes)
-        splits = {
-            name: EncodedTexts(getattr(data, name), tokenizer, config.data.input_length, config.data.keep)
-            for name in ("train", "validation", "test")
-        }
-    resume = prepare_directory(config, processes)
-
+        changes = pretrained.changes(config, data.classes)
+        splits = pretrained.encoded(config, data)
     args = training_arguments(config, processes, micro_batch)
-    parallel = deepspeed_compat.expert_parallel(config.training.expert_parallel)
-    torch.manual_seed(config.seed)
-    model = load_pretrained(AutoModelForSequenceClassification, Path(config.model.checkpoint), parallel, changes)
-    freeze_named(model, config.model.freeze)
-    routing = RoutingCallback(config.directory / "tensorboard")
-    log = MetricsCallback(config.directory, routing, step_of(resume or ""))
-    stopping = StopCallback(processes)
-    trainer = S2MoETrainer(
-        model=model,
-        args=args,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        data_collator=collate,
-        compute_metrics=accuracy,
-        learning_rates=config.optimizer.factors,
-        routing=routing,
-        callbacks=[log, stopping],
-    )
-    trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-        step = trainer.state.global_step
-        if stopping.stopped and step < trainer.state.max_steps:
-            return FinetuneResult(config.directory, step, {})
-        tested = trainer.predict(splits["test"], metric_key_prefix="test").metrics
-    finally:
-        log.close()
-    results = {
-        "task": config.data.task,
-        "test_accuracy": tested["test_accuracy"],
-        "test_loss": tested["test_loss"],
-        "validation_accuracy": trainer.state.best_metric,
-        "best_step": trainer.state.best_global_step,
-        "steps": step,
-        "texts": data.sizes(),
-        "notes": data.notes,
-        "method": before.moe_config().method,
-        "checkpoint": weights.description,
-        "seed": config.seed,
-    }
-    export(trainer, config, tokenizer, results)
-    if processes.is_main:
-        write_json(config.directory / RESULTS_FILE, results)
+    with claimed(config.directory, FINETUNING, processes):
+        start = choose_start(config, processes)
+        if start.results is not None:
+            return FinetuneResult(config.directory, start.results["steps"], start.results, finished_before=True)
+        parallel = deepspeed_compat.expert_parallel(config.training.expert_parallel)
+        torch.manual_seed(config.seed)
+        model = load_pretrained(AutoModelForSequenceClassification, Path(config.model.checkpoint), parallel, changes)
+        freeze_named(model, config.model.freeze)
+        take_over(config, start, processes)
+        routing = RoutingCallback(config.directory / "tensorboard")
+        log = MetricsCallback(config.directory, routing, step_of(start.checkpoint or ""))
+        stopping = StopCallback(processes)
+        trainer = FinetuneTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits["train"],
+            eval_dataset=splits["validation"],
+            data_collator=collate,
+            compute_metrics=accuracy,
+            learning_rates=config.optimizer.factors,
+            routing=routing,
+            callbacks=[log, stopping],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            with losing(lambda: loss(trainer.state.global_step, _saved(config))):
+                trainer.train(resume_from_checkpoint=start.checkpoint)
+            step = trainer.state.global_step
+            if stopping.stopped and step < trainer.state.max_steps:
+                return FinetuneResult(config.directory, step, {})
+            require_best(trainer)
+            tested = trainer.predict(splits["test"], metric_key_prefix="test").metrics
+        finally:
+            log.close()
+        results = {
+            "task": data.name,
+            "test_accuracy": tested["test_accuracy"],
+            "test_loss": tested["test_loss"],
+            "validation_accuracy": trainer.state.best_metric,
+            "best_step": trainer.state.best_global_step,
+            "steps": step,
+            "texts": data.sizes(),
+            "notes": data.notes,
+            "method": pretrained.config.moe_config().method,
+            "checkpoint": pretrained.weights.description,
+            "seed": config.seed,
+        }
+        export(trainer, config, pretrained.tokenizer, results)
+        if processes.is_main:
+            write_json(config.directory / RESULTS_FILE, results, indent=1)
+        barrier()  # before the lock goes
     return FinetuneResult(config.directory, step, results)
 
 
-def load_data(config: FinetuneConfig, processes: Processes) -> ClassificationData:
-    """The texts; one process of a machine downloads them where need be. Collective."""
-    settings = config.data
+class FinetuneTrainer(S2MoETrainer):
+    """Speaks of the settings of a run."""
 
-    def read() -> ClassificationData:
-        found = load_classification(
-            settings.task, settings.source, settings.validation, 0, settings.official, settings.downloads
+    remedy = "a lower optimizer.lr, a longer optimizer.warmup or a smaller optimizer.clip"
+
+
+def require_best(trainer: S2MoETrainer) -> None:
+    """Raise ConfigError unless the trainer has loaded the checkpoint of the best epoch."""
+    best, found = trainer.state.best_global_step, trainer.state.best_model_checkpoint
+    if found is None or step_of(found) != best:
+        raise ConfigError(
+            f"the best epoch was that of step {best}, and {trainer.args.output_dir} has no complete checkpoint of it: "
+            "bring it back, or choose another name=... to train anew"
         )
-        return subset(found, settings.max_texts, 0) if settings.max_texts else found
-
-    data: ClassificationData | None = None
-    with together(processes):
-        if processes.local_rank == 0:
-            data = read()
-    with together(processes):
-        data = data or read()
-    assert data is not None
-    return data
 
 
-def prepare_directory(config: FinetuneConfig, processes: Processes) -> str | None:
-    """Choose the checkpoint to continue from, write config.yaml. Collective.
-
-    Raises:
-        ConfigError: `checkpoint.resume` forbids or demands one, or it is of a run with other settings.
-    """
-    with together(processes):
-        resume = _prepare(config) if processes.is_main else None
-    return from_first(resume)
-
-
-def _prepare(config: FinetuneConfig) -> str | None:
-    directory, settings = config.directory, config.directory / "config.yaml"
-    directory.mkdir(parents=True, exist_ok=True)
-    newest = newest_checkpoint(directory / "checkpoints")
-    if newest is None and config.checkpoint.resume == "must":
-        raise ConfigError(f"checkpoint.resume=must, but there is no complete checkpoint in {directory / 'checkpoints'}")
-    if newest is not None:
-        if config.checkpoint.resume == "never":
-            raise ConfigError(f"checkpoint.resume=never, but {newest} exists: choose another name=..., or resume=auto")
-        old, new = to_dict(load(FinetuneConfig, settings, written=True)), to_dict(config)
-        changed = [
-            f"{section}.{key} was {old[section][key]}, is {value}"
-            for section, values in new.items()
-            if isinstance(values, dict) and section not in FREE
-            for key, value in values.items()
-            if old[section][key] != value
-        ]
-        changed += [f"seed was {old['seed']}, is {new['seed']}"] if old["seed"] != new["seed"] else []
-        if changed:
-            raise ConfigError(f"cannot continue from {newest}: {'; '.join(changed)}. Choose another name=...")
-    else:  # nothing of an earlier attempt counts
-        for name in ("checkpoints", "tensorboard", HF_DIRECTORY):
-            shutil.rmtree(directory / name, ignore_errors=True)
-    (directory / RESULTS_FILE).unlink(missing_ok=True)
-    settings.write_text(to_yaml(config), encoding="utf-8")
-    return newest
+def _saved(config: FinetuneConfig) -> int | None:
+    """The step of the newest complete checkpoint."""
+    newest = newest_checkpoint(config.directory / "checkpoints")
+    return None if newest is None else step_of(newest)
 
 
 def training_arguments(config: FinetuneConfig, processes: Processes, micro_batch: int) -> TrainingArguments:
@@ -245,7 +202,7 @@ def _arguments(config: FinetuneConfig, processes: Processes, micro_batch: int, o
         logging_nan_inf_filter=False,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=config.checkpoint.keep,
+        save_total_limit=config.checkpoint.keep,  # S2MoETrainer keeps the best one besides
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
         greater_is_better=True,
@@ -264,9 +221,7 @@ def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(predicted.predictions, -1) == predicted.label_ids))}
 
 
-def export(
-    trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: Tokenizer | TheirTokenizer, results: dict[str, Any]
-) -> None:
+def export(trainer: S2MoETrainer, config: FinetuneConfig, tokenizer: TheirTokenizer, results: dict[str, Any]) -> None:
     """Write the trainer's model, tokenizer and card to `hf/`, which is complete or as it was before. Collective."""
     target, origin = config.directory / HF_DIRECTORY, {"run": config.name, "step": results["best_step"]}
     temporary = target.with_name(f".tmp-{target.name}")
@@ -274,19 +229,13 @@ def export(
         temporary = empty_beside(target)
     trainer.save_model(str(temporary), _internal_call=True)
     if trainer.args.should_save:
+        (temporary / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, with paths of this machine
         save_for_auto(tokenizer, temporary, config.data.input_length, config.data.keep)
         write_card(temporary, trainer.model.config, origin, config.directory, tokenizer.kind, results)
         write_json(temporary / ORIGIN_FILE, origin)
         put_in_place(temporary, target)
     if dist.is_initialized():
         dist.barrier()
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """All of it, or the file as it was."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class MetricsCallback(TrainerCallback):
@@ -336,7 +285,11 @@ class MetricsCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """When a process was asked to stop by a signal, all save the same step and stop. See training/signals.py."""
+    """When a process was asked to stop by a signal, all save the same step and stop. See training/signals.py.
+
+    So that the same command comes to what an uninterrupted run does, an epoch is validated at its end and nowhere
+    else: a stop at its last step waits for that and its checkpoint.
+    """
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -347,5 +300,16 @@ class StopCallback(TrainerCallback):
         if self._processes.world_size > 1:
             dist.all_reduce(asked)
         if asked.item() > 0:
-            self.stopped = True
-            control.should_save = control.should_training_stop = True
+            self.stopped = control.should_training_stop = True
+            if not _epoch_is_over(state):
+                control.should_save = control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stopped and not _epoch_is_over(state):  # the Trainer takes every end of its loop for that of an epoch
+            control.should_evaluate = control.should_save = False
+
+
+def _epoch_is_over(state: TrainerState) -> bool:
+    return float(state.epoch or 0).is_integer()

@@ -12,12 +12,14 @@ On CPU processes accelerate finds DeepSpeed only if it is told before the argume
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,22 +31,25 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from s2moe.config.learning_rates import LearningRates
 from s2moe.config.options import ConfigError
+from s2moe.models.routed import batch_share, label_count
 from s2moe.moe.layer import expert_degree
 from s2moe.parallel import deepspeed_compat
+from s2moe.training.checkpoint import remove, remove_half_removed
 from s2moe.training.errors import TrainingError
 from s2moe.training.export import gather_state
+from s2moe.training.writing import sync
 
 from .adapters import adapted_expert, freeze_what_an_adapter_leaves, is_adapter
 from .callback import RoutingCallback, mean_figures
 from .optimizer import parameter_groups
+from .reading import SafeReading
 
-Base: Any = Trainer if TYPE_CHECKING else object  # what the mixin is mixed into
 COMPLETE = (
     "s2moe_checkpoint.json"  # written last into a checkpoint: how the run was spread, and that all of it is there
 )
 
 
-class S2MoETrainerMixin(Base):
+class S2MoETrainerMixin(SafeReading):
     """For a Trainer class of one's own: ``class Mine(S2MoETrainerMixin, Trainer)``. See S2MoETrainer.
 
     Args:
@@ -56,6 +61,7 @@ class S2MoETrainerMixin(Base):
     """
 
     optimizer: Any
+    remedy = "a lower learning rate, more warm-up steps or a smaller max_grad_norm"  # for a loss that is not finite
 
     def __init__(
         self,
@@ -70,7 +76,7 @@ class S2MoETrainerMixin(Base):
         self.learning_rates = learning_rates or LearningRates()
         self.routing = routing or RoutingCallback()
         self.add_callback(self.routing)
-        self._losses: list[Tensor] = []  # task and auxiliary loss of each micro-batch since the last log event
+        self._losses: Tensor | None = None  # sums of task and auxiliary loss since the last log event, float64
         self._losses_from = 0
         check_arguments(self)
         freeze_what_an_adapter_leaves(self.model)
@@ -99,11 +105,13 @@ class S2MoETrainerMixin(Base):
             task = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         elif self.label_smoother is not None and labels is not None:
             shifted = self._loss_shifts_labels
-            task = self.label_smoother(outputs, labels, shift_labels=shifted, num_items_in_batch=num_items_in_batch)
+            count = label_count(self._targets(inputs), num_items_in_batch)
+            task = self.label_smoother(outputs, labels, shift_labels=shifted, num_items_in_batch=count)
         both = torch.stack([task, aux.to(task.dtype)]) * self._scale(num_items_in_batch)
         if model.training and torch.is_grad_enabled():
             parts = 1 if self._scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
-            self._losses.append(both.detach().double() / parts)
+            loss = both.detach().double() / parts
+            self._losses = loss if self._losses is None else self._losses + loss
         return (both.sum(), outputs) if return_outputs else both.sum()
 
     def _scaled(self, num_items_in_batch: Any) -> bool:
@@ -114,10 +122,15 @@ class S2MoETrainerMixin(Base):
         """This micro-batch's part of the auxiliary loss."""
         if num_items_in_batch is None:
             return 1 / self.current_gradient_accumulation_steps if self._scaled(None) else 1.0
-        labels = inputs.get("shift_labels")
-        if labels is None:
-            labels = inputs["labels"][..., 1:] if self._loss_shifts_labels else inputs["labels"]
-        return labels.ne(-100).sum() / num_items_in_batch
+        return batch_share(self._targets(inputs), num_items_in_batch)
+
+    def _targets(self, inputs: dict[str, Any]) -> Tensor:
+        """What is to be predicted, -100 for nothing."""
+        shifted: Tensor | None = inputs.get("shift_labels")
+        if shifted is not None:
+            return shifted
+        labels: Tensor = inputs["labels"]
+        return labels[..., 1:] if self._loss_shifts_labels else labels
 
     def _scale(self, num_items_in_batch: Any) -> int:
         """What DeepSpeed or DDP divides gradients by, where losses are divided by the labels of all processes."""
@@ -135,7 +148,7 @@ class S2MoETrainerMixin(Base):
         """Means of task and auxiliary loss since the last log event, over steps and processes. Collective."""
         steps = self.state.global_step - self._losses_from
         total = self._finite_losses() / max(steps, 1)
-        self._losses, self._losses_from = [], self.state.global_step
+        self._losses, self._losses_from = None, self.state.global_step
         return {"task_loss": total[0].item(), "aux_loss": total[1].item()}
 
     def _finite_losses(self) -> Tensor:
@@ -144,7 +157,7 @@ class S2MoETrainerMixin(Base):
         Raises:
             TrainingError: on all processes, if it is not finite. The Trainer itself would go on.
         """
-        total = torch.stack(self._losses).sum(0) if self._losses else torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64) if self._losses is None else self._losses.clone()
         if self.args.world_size > 1:
             total = total.to(self.args.device)
             dist.all_reduce(total)
@@ -152,7 +165,7 @@ class S2MoETrainerMixin(Base):
         if not math.isfinite(total.sum().item()):
             raise TrainingError(
                 f"the loss is not finite at step {self.state.global_step} or shortly before. "
-                "Nothing was saved since: try a lower learning rate, more warm-up steps or a smaller max_grad_norm"
+                f"Nothing was saved since: try {self.remedy}"
             )
         return total
 
@@ -170,6 +183,8 @@ class S2MoETrainerMixin(Base):
                 )
             groups = parameter_groups(target, options["lr"], self.args.weight_decay, self.learning_rates)
             self.optimizer = cls(groups, **options)
+            if not self.is_deepspeed_enabled:
+                deepspeed_compat.need_no_gradient(target)
         return self.optimizer
 
     # --- saving and resuming --------------------------------------------------------------------------
@@ -186,19 +201,60 @@ class S2MoETrainerMixin(Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The mark goes before anything of an earlier one is overwritten, and comes after everything; then others go.
+
+        Of the complete ones the newest ``save_total_limit`` stay, and the best one besides. The Trainer itself would
+        delete others first, and without a mark what it has half deleted looks like a checkpoint.
+        """
         self._finite_losses()
-        super()._save_checkpoint(model, trial)
+        checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (checkpoint / COMPLETE).unlink(missing_ok=True)
+        if self.args.world_size > 1:
+            dist.barrier()
+        with self._deleting_none():
+            super()._save_checkpoint(model, trial)
         if self.args.world_size > 1:
             dist.barrier()
         if self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            mark_complete(Path(self._get_output_dir(trial), folder), shape_of(self.accelerator, self.model))
+            mark_complete(checkpoint, shape_of(self.accelerator, self.model))
+            self._delete_older(checkpoint)
+
+    @contextlib.contextmanager
+    def _deleting_none(self) -> Iterator[None]:
+        """Within it the Trainer deletes no checkpoint."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _delete_older(self, newest: Path) -> None:
+        limit, complete = self.args.save_total_limit, complete_checkpoints(newest.parent)
+        if limit is None or limit <= 0:
+            return
+        best = newest.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        for path in complete[:-limit]:
+            if path not in (newest, best):
+                remove(path)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._init_training_state(*args, **kwargs)
+        best = Path(self._get_output_dir(None), f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        if (best / COMPLETE).is_file():  # where it is now: the directory may have been moved
+            self.state.best_model_checkpoint = str(best)
+        return found
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        with self._deleting_none():  # the last one too stays, so that a finished run is not trained again
+            return super()._finalize_training(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. With True it continues from the newest complete checkpoint.
 
         Raises:
-            ConfigError: the checkpoint is not complete, or was written by a run that was spread otherwise.
+            ConfigError: the checkpoint is not complete, was written by a run that was spread otherwise, cannot be read,
+                or would run code.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
@@ -206,7 +262,9 @@ class S2MoETrainerMixin(Base):
                 raise ConfigError(f"no complete checkpoint in {self.args.output_dir}")
         if resume_from_checkpoint:
             require_same_shape(Path(resume_from_checkpoint), shape_of(self.accelerator, self.model))
-        self._losses, self._losses_from = [], step_of(resume_from_checkpoint or "")
+        if self.args.should_save:
+            remove_half_removed(Path(self.args.output_dir), PREFIX_CHECKPOINT_DIR)
+        self._losses, self._losses_from = None, step_of(resume_from_checkpoint or "")
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
 
@@ -215,7 +273,8 @@ class S2MoETrainer(S2MoETrainerMixin, Trainer):
 
     Auxiliary losses behave under gradient accumulation, label smoothing and padding, and are logged beside the task
     loss; routers follow the Trainer's steps (RoutingCallback); it works with DeepSpeed's ZeRO 1 to 3 and expert
-    parallelism, saves all experts, resumes, and loads the best model at the end.
+    parallelism, saves all experts, resumes, and loads the best model at the end. ``save_total_limit`` counts the newest
+    checkpoints; the best one is kept besides.
 
     To freeze routers or experts, ``s2moe.moe.freezing.freeze(model)`` before the Trainer is made. With expert
     parallelism, first the TrainingArguments, then ``deepspeed_compat.expert_parallel(degree)``, then the model by
@@ -330,7 +389,9 @@ def shape_of(accelerator: Accelerator, model: nn.Module) -> dict[str, int]:
 
 
 def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:
-    """Write into a checkpoint, when all else is there, how training was spread."""
+    """Write into a checkpoint, when all else is on the disk, how training was spread."""
+    for path in checkpoint.rglob("*"):
+        sync(path)
     temporary = (checkpoint / COMPLETE).with_suffix(".tmp")
     temporary.write_text(json.dumps(shape), encoding="utf-8")
     os.replace(temporary, checkpoint / COMPLETE)
@@ -352,8 +413,13 @@ def require_same_shape(checkpoint: Path, now: dict[str, int]) -> None:
 
 def newest_checkpoint(directory: str | Path, prefix: str = PREFIX_CHECKPOINT_DIR) -> str | None:
     """The complete checkpoint PREFIX-STEP with the highest step in a directory, by default a Trainer's output."""
-    found = [path.parent for path in Path(directory).glob(f"{prefix}-*/{COMPLETE}")]
-    return str(max(found, key=step_of)) if found else None
+    found = complete_checkpoints(Path(directory), prefix)
+    return str(found[-1]) if found else None
+
+
+def complete_checkpoints(directory: Path, prefix: str = PREFIX_CHECKPOINT_DIR) -> list[Path]:
+    """The complete checkpoints PREFIX-STEP in a directory, by their steps."""
+    return sorted((path.parent for path in directory.glob(f"{prefix}-*/{COMPLETE}")), key=step_of)
 
 
 def step_of(checkpoint: str | Path) -> int:

@@ -8,6 +8,12 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from s2moe.config import ConfigError
+from s2moe.data.tokenizer_base import TOKENIZER_FILE
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has a tokenizer, be it one that an earlier version of this project wrote."""
+    return any((directory / name).is_file() for name in ("tokenizer_config.json", TOKENIZER_FILE))
 
 
 def read_tokenizer(directory: Path) -> Any:

@@ -12,8 +12,11 @@ from typing import Any
 import yaml
 
 import s2moe
+from s2moe.config.options import ConfigError
 from s2moe.config.plain_yaml import read_yaml
 from s2moe.data.corpus import METADATA_FILE
+from s2moe.data.tokenizers import TOKENIZERS
+from s2moe.data.units import UNKNOWN_SYMBOL, unit_of
 from s2moe.hub.provenance import (
     CARD_FILE,
     HUB_DATASETS,
@@ -26,6 +29,7 @@ from s2moe.hub.provenance import (
 from s2moe.models import S2MoEConfig
 from s2moe.models.sizes import model_sizes
 from s2moe.moe.methods import METHODS
+from s2moe.places import ROOT
 
 GENERATE = (
     "import s2moe  # registers the architecture with transformers",
@@ -73,7 +77,7 @@ def write_card(
         **(_sizes(config) if tuned is None else _tuning(tuned)),
         **({"Tokenizer": tokenizer} if tokenizer else {}),
         **_data(run),
-        **_score(run_directory, step),
+        **_score(run_directory, step, _symbol(tokenizer, run)),
         **_training(run),
         "Made with": _made_with(),
     }
@@ -106,7 +110,7 @@ def write_card(
 def write_card_of_leaving(directory: Path, config: Any, name: str, source: Path) -> Path:
     """Write README.md beside a model of transformers' own that ``source``, one of ours, was converted to.
 
-    What the card of ``source`` says in its table stands in it, so that data, method and bits per character go along.
+    What the card of ``source`` says in its table stands in it, so that data, method and score go along.
     """
     converted_from, table = public_name(source), card_table(source)
     facts = {
@@ -194,16 +198,19 @@ def _metadata(folder: str) -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    """The commit of this source tree, with "+ changes" where files differ from it; empty outside of a clone."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
+    """The commit of this source tree, with "+ changes" where its files differ; empty outside of a clone.
+
+    A file that git does not know counts where it is a part of this package, as a router of one's own is.
+    """
+    if not (ROOT / ".git").exists():
         return ""
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        commit = _git(ROOT, "rev-parse", "HEAD")
+        changed = _git(ROOT, "status", "--porcelain", "--untracked-files=no")
+        added = _git(ROOT, "status", "--porcelain", "--untracked-files=all", "--", "s2moe", "launcher")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return commit + (" + changes" if changed else "")
+    return commit + (" + changes" if changed or added else "")
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -229,7 +236,7 @@ def _settings(run: dict[str, Any]) -> list[str]:
 def _method(config: Any) -> str:
     moe = config.moe_config()
     summary = METHODS[moe.method].summary
-    return f"{moe.method} ({summary}), {moe.num_experts} experts, {moe.experts_per_token} a token"
+    return f"{moe.title()} ({summary}), {moe.num_experts} experts, {moe.experts_per_token} a token"
 
 
 def _sizes(config: Any) -> dict[str, str]:
@@ -254,19 +261,30 @@ def _data(run: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def _score(run_directory: Path | None, step: int | None) -> dict[str, str]:
+def _symbol(tokenizer: str, run: dict[str, Any]) -> str:
+    """What figures per symbol are divided by, as the tokenizer that goes along says, or else the data."""
+    if tokenizer in TOKENIZERS:
+        return TOKENIZERS[tokenizer].symbol
+    folder = (run.get("data") or {}).get("dir")
+    return _metadata(folder).get("symbol", UNKNOWN_SYMBOL) if folder else UNKNOWN_SYMBOL
+
+
+def _score(run_directory: Path | None, step: int | None, symbol: str) -> dict[str, str]:
     """The last validation up to this step."""
     path = run_directory / "metrics.jsonl" if run_directory is not None else None
     if path is None or not path.is_file():
         return {}
-    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    scored = [e for e in events if e.get("val/bpc") is not None and (step is None or e["step"] <= step)]
+    try:
+        events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        scored = [e for e in events if e.get("val/bpc") is not None and (step is None or e["step"] <= step)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): bring back a copy, or move it away") from error
     if not scored:
         return {}
     last = scored[-1]
     symbols = last.get("val/symbols")
-    over = f" over {symbols:,.0f} symbols" if symbols and math.isfinite(symbols) else ""
-    return {"Validation": f"{last['val/bpc']:.4f} bits per symbol{over}, at step {last['step']:,}"}
+    over = f" over {symbols:,.0f} {symbol}s" if symbols and math.isfinite(symbols) else ""
+    return {"Validation": f"{last['val/bpc']:.4f} {unit_of(symbol)}{over}, at step {last['step']:,}"}
 
 
 def _training(run: dict[str, Any]) -> dict[str, str]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from s2moe.data.tokenizer_base import TOKENIZER_FILE
-from s2moe.hub.auto_tokenizer import read_tokenizer
+from s2moe.hub.auto_tokenizer import has_tokenizer, read_tokenizer
 from s2moe.hub.card import write_card, write_card_of_leaving
 from s2moe.hub.interchange import from_transformers, to_transformers
-from s2moe.hub.standalone_tokenizer import standalone_tokenizer
+from s2moe.hub.reading import read_model, require_config
 from s2moe.hub.tokenization import S2MoETokenizer
 from s2moe.hub.upcycling import upcycle
 
@@ -24,7 +22,7 @@ def upcycle_directory(source: Path, target: Path, **options: Any) -> Path:
     """Write the model of ``source`` with SMoE layers to ``target``; options as those of ``upcycle``.
 
     Raises:
-        ValueError: there is no such model, it cannot be upcycled, or ``target`` exists.
+        ValueError: there is no such model, it cannot be upcycled, or ``target`` holds something.
     """
     return _convert(source, target, lambda model: upcycle(model, **options), "upcycled from")
 
@@ -41,19 +39,18 @@ def export_directory(source: Path, target: Path) -> Path:
 
 def require_language_model(directory: Path) -> None:
     """ValueError if this directory has another model: transformers would load it with a random head."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    kinds = config.get("architectures") or []
+    kinds = require_config(directory).get("architectures") or []
     if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
         raise ValueError(f"{directory} has a {kinds[0]}, which is no language model")
 
 
 def _convert(source: Path, target: Path, change: Callable[[PreTrainedModel], PreTrainedModel], how: str) -> Path:
-    if target.exists():
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists: give another directory")
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} is no Hugging Face directory: it has no config.json")
     require_language_model(source)
-    made = change(AutoModelForCausalLM.from_pretrained(source, dtype="auto"))
+    made = change(read_model(AutoModelForCausalLM, source))
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -75,9 +72,10 @@ def _write(made: PreTrainedModel, source: Path, temporary: Path, origin: dict[st
 
 
 def _convert_tokenizer(source: Path, target: Path, leaves: bool) -> None:
-    """Write the tokenizer that goes along, in the library's own format where the model ``leaves`` the project."""
-    if (source / TOKENIZER_FILE).is_file():
-        ours = S2MoETokenizer.from_pretrained(source)
-        (standalone_tokenizer(ours.base, ours.model_max_length) if leaves else ours).save_pretrained(target)
-    elif (source / "tokenizer_config.json").is_file():
-        read_tokenizer(source).save_pretrained(target)
+    """Write the tokenizer that goes along, under transformers' own name where the model ``leaves`` the project."""
+    if not has_tokenizer(source):
+        return
+    tokenizer = read_tokenizer(source)
+    tokenizer.save_pretrained(target)
+    if leaves and isinstance(tokenizer, S2MoETokenizer):
+        PreTrainedTokenizerFast.from_pretrained(target).save_pretrained(target)

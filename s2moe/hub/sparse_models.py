@@ -12,6 +12,7 @@ S2MoEForSequenceClassification: given labels, ``loss`` holds the auxiliary losse
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -35,6 +36,7 @@ from s2moe.models.routed import (
     S2MoEModelOutput,
     aligned_targets,
     batch_share,
+    label_count,
     mean_loss,
 )
 from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
@@ -43,6 +45,11 @@ from s2moe.moe.regularisers import Regularisers
 from s2moe.moe.routers import ROUTERS, LinearScores, Router
 from s2moe.moe.routing import LayerStatistics, RoutingContext
 from s2moe.parallel import ExpertParallel
+
+ROUTER_LOGITS = (
+    "our layers have none; the balance loss is part of the loss without it, and outputs hold `routing`, each layer's "
+    "load and figures"
+)
 
 _Theirs: Any = object  # transformers' class, which comes behind ours
 
@@ -81,6 +88,9 @@ class SparseConfigMixin(_Theirs):
         check_foreign(moe)
         self.moe = asdict(moe)
         super().__post_init__(**kwargs)
+        if getattr(self, "output_router_logits", False):
+            self.output_router_logits = False
+            warnings.warn(f"output_router_logits: {ROUTER_LOGITS}", stacklevel=2)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -142,6 +152,10 @@ class ExchangedMixin(SparseModelMixin):
             )
         self.post_init()
 
+    def _refuse_router_logits(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("output_router_logits") or getattr(self.config, "output_router_logits", False):
+            raise ValueError(f"output_router_logits=True: {ROUTER_LOGITS}")
+
     def _take_statistics(self) -> tuple[LayerStatistics, ...]:
         taken = []
         for block in sparse_blocks(self):
@@ -165,6 +179,7 @@ class SparseBaseMixin(ExchangedMixin):
         **kwargs: Any,
     ) -> S2MoEModelOutput:
         """Hidden states [B, S, D]. Arguments as S2MoEModel.forward's, others as those of transformers' model."""
+        self._refuse_router_logits(kwargs)
         context = self._context(context, experts_per_token, attention_mask, input_ids, inputs_embeds, None)
         output = super().forward(
             input_ids=input_ids,
@@ -207,8 +222,11 @@ class SparseCausalLMMixin(ExchangedMixin):
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         target_BS = aligned_targets(labels, shift_labels)
+        self._refuse_router_logits(kwargs)
         context = self._context(context, experts_per_token, attention_mask, input_ids, inputs_embeds, target_BS)
-        given = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        given: dict[str, Any] = {"shift_labels": shift_labels}
+        if target_BS is not None:
+            given["num_items_in_batch"] = label_count(target_BS, num_items_in_batch)
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

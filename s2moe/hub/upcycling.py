@@ -152,7 +152,7 @@ def _resolve(given: dict[str, Any], experts_per_token: int | None, slices: int) 
         rule: dict[str, Any] = {}
         if experts_per_token == 1 and "combine" in router:
             rule = {"combine": "straight_through", "renormalise": False}
-        elif router.get("combine", "gate") in ("softmax_then_topk", "gate") and "renormalise" in router:
+        elif router.get("combine", "gate") in ("softmax_then_topk", "sigmoid", "gate") and "renormalise" in router:
             rule = {"renormalise": True}
         given = deep_merge(given, {"router": rule})
     return resolve_moe(given)

@@ -26,14 +26,15 @@ from s2moe.models.routed import (
     S2MoEModelOutput,
     aligned_targets,
     batch_share,
+    label_count,
     mean_loss,
 )
 from s2moe.moe.experts import Experts
-from s2moe.moe.history import History
+from s2moe.moe.history import History, same_document
 from s2moe.moe.layer import DenseMLP, SMoELayer, build_layer
 from s2moe.moe.momentum import MomentumState, build_momentum
 from s2moe.moe.regularisers import Regularisers
-from s2moe.moe.routers import LinearScores, Router
+from s2moe.moe.routers import ROUTERS, LinearScores, Router
 from s2moe.moe.routing import LayerStatistics, RoutingContext
 from s2moe.parallel import ExpertParallel
 
@@ -135,6 +136,18 @@ class S2MoEPreTrainedModel(RoutedModel, PreTrainedModel):
         if isinstance(module, (Experts, LinearScores, Regularisers, Router)):
             module.reset_parameters(self.config.initializer_range)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """transformers' own; a router that has rows of its own for the tokens gets those that it lacks."""
+        embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        rows = self.config.vocab_size
+        options = (self.config.moe or {})["router"]
+        if options.get("vocab_size", rows) < rows:
+            for module in self.modules():
+                if isinstance(module, Router):
+                    module.add_tokens(rows)
+            options["vocab_size"] = rows
+        return embeddings
+
 
 class S2MoEModel(S2MoEPreTrainedModel):
     """Embedding, blocks, final norm.
@@ -145,7 +158,7 @@ class S2MoEModel(S2MoEPreTrainedModel):
 
     def __init__(self, config: S2MoEConfig, parallel: ExpertParallel | None = None) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # padding too has a row that learns
         self.layers = nn.ModuleList(
             S2MoEDecoderLayer(config, index, parallel) for index in range(config.num_hidden_layers)
         )
@@ -153,6 +166,8 @@ class S2MoEModel(S2MoEPreTrainedModel):
         self.rotary_emb = S2MoERotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
+        router = ROUTERS[config.moe_config().router["name"]]
+        self._looks_back = router.wants_attention or router.keeps_history
         self.post_init()
 
     @can_return_tuple
@@ -202,7 +217,10 @@ class S2MoEModel(S2MoEPreTrainedModel):
         else:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        context = self._context(context, experts_per_token, attention_mask, input_ids, inputs_embeds, target_ids)
+        looked_at = attention_mask
+        if self._looks_back and attention_mask is None and past_key_values is None and "position_ids" in kwargs:
+            looked_at = same_document(position_ids)  # as transformers masks attention: documents may be packed
+        context = self._context(context, experts_per_token, looked_at, input_ids, inputs_embeds, target_ids)
 
         hidden_BSD = self.dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_BSD, position_ids)
@@ -304,7 +322,7 @@ class S2MoEForCausalLM(S2MoEPreTrainedModel, GenerationMixin):
                 labels=labels,
                 shift_labels=shift_labels,
                 vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=label_count(targets_BS, num_items_in_batch),
             )
             loss = task_loss
             if aux_loss is not None:

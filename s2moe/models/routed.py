@@ -124,4 +124,20 @@ def batch_share(target_BS: Tensor, num_items_in_batch: Tensor | int | None) -> T
 
     So the auxiliary loss weighs the same however many batches a step accumulates.
     """
-    return 1.0 if num_items_in_batch is None else target_BS.ne(-100).sum() / num_items_in_batch
+    if num_items_in_batch is None:
+        return 1.0
+    return target_BS.ne(-100).sum() / at_least_one(num_items_in_batch)
+
+
+def label_count(target_BS: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int:
+    """What the summed cross-entropy is divided by: a trainer's count, or this batch's; 1 where there is no label.
+
+    The loss of a batch without labels is then 0, not 0 / 0.
+    """
+    count = target_BS.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
+    return at_least_one(count)
+
+
+def at_least_one(count: Tensor | int) -> Tensor | int:
+    """The count, without a wait for its device, or 1."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

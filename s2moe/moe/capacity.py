@@ -25,7 +25,7 @@ def expert_capacity(
 def group_capacity(
     capacity_factor: float, choices: int, num_experts: int, tokens_G: Tensor, rounding: str = "round"
 ) -> Tensor:
-    """The assignments that an expert takes of each routing group, float64 [G], by V-MoE's rules.
+    """The assignments that an expert takes of each routing group, float64 [G], by V-MoE's rules; of any token, one.
 
     Args:
         tokens_G: tokens of each group that are not padding.
@@ -35,7 +35,21 @@ def group_capacity(
     exact_G = capacity_factor * choices * tokens_G.double() / num_experts
     if rounding == "multiple_of_4":
         return ((exact_G - 1e-9).ceil() / 4).ceil() * 4
-    return exact_G.round()
+    return torch.maximum(exact_G.round(), (tokens_G > 0).double())
+
+
+def require_places(capacity_factor: float, choices: int, num_experts: int, tokens: int) -> None:
+    """Raise ValueError if by V-MoE's rule a full routing group leaves an expert without any place.
+
+    Then no expert would ever compute or learn anything; the released code refuses that too.
+    """
+    places = capacity_factor * choices * tokens / num_experts
+    if places <= 0.5:  # halves are rounded to even
+        raise ValueError(
+            f"router.capacity_factor={capacity_factor:g} leaves an expert {places:.2g} places of a routing group of "
+            f"{tokens} tokens (C k T / E, k={choices}, E={num_experts}), rounded to none: raise it, group_size or the "
+            "micro-batch, or set capacity_factor=null"
+        )
 
 
 @torch.no_grad()

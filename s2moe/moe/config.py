@@ -14,6 +14,8 @@ from s2moe.moe.regularisers import RegulariserOptions
 from s2moe.moe.routers import ROUTERS
 from s2moe.options import LARGEST, Checked, deep_merge, nearest, option
 
+DEFAULT_METHOD = "s2moe"
+
 
 @dataclass(kw_only=True)
 class StochasticOptions(Checked):
@@ -98,7 +100,11 @@ class CompetitionOptions(Checked):
 class MoEConfig(Checked):
     """The SMoE layers of a model."""
 
-    method: str = option("s2moe", "a published method: sets defaults below", choices=tuple(METHODS))
+    method: str = option(
+        DEFAULT_METHOD,
+        "a published method: sets defaults below. Where router.name alone is given, smoe: that router and no more",
+        choices=tuple(METHODS),
+    )
     num_experts: int = option(16, "experts of a layer", least=1, most=LARGEST, needs="SMoE layers")
     experts_per_token: int = option(2, "k: experts of a token", least=1, needs="SMoE layers")
     expert_hidden: int = option(512, "hidden width of an expert", least=1, most=LARGEST, needs="SMoE layers")
@@ -151,6 +157,11 @@ class MoEConfig(Checked):
         after = layer - self.first_dense
         return after >= 0 and (after + 1) % self.every == 0
 
+    def title(self) -> str:
+        """The method, and the router where it is not the method's own, for people: ``s2moe, router xmoe``."""
+        own = METHODS[self.method].defaults(self.num_experts)["router"]["name"]
+        return self.method if self.router["name"] == own else f"{self.method}, router {self.router['name']}"
+
     def router_options(self) -> Any:
         """The dataclass of the chosen router's options."""
         options = {key: value for key, value in self.router.items() if key != "name"}
@@ -161,33 +172,40 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     """The layers' options from a (partial) dictionary: the method's settings, overridden by the given ones.
 
     Raises:
-        ValueError: on an unknown key (naming the nearest known one), method, router or impossible value.
+        ValueError: on an unknown key (naming the nearest known one), method, router or impossible value, and on a
+            router beside a method that is a way of routing itself.
     """
     given = dict(given or {})
-    method = given.get("method", MoEConfig.__dataclass_fields__["method"].default)
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method: unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
     for section in ("router", *SECTIONS):
         if not isinstance(given.get(section) or {}, dict):
             raise ValueError(
                 f"{section}: expected a section of settings, got {given[section]!r}; e.g. router.name=topk"
             )
+    if is_resolved(given) and "cka_form" not in (given.get("regularisers") or {}):
+        given = deep_merge(given, {"regularisers": {"cka_form": "batch_mean"}})  # the only form there was
+    method = given["method"] = method_of(given, DEFAULT_METHOD)
     num_experts = given.get("num_experts", MoEConfig.__dataclass_fields__["num_experts"].default)
-    merged = deep_merge(METHODS[method].defaults(num_experts), given)
-    router = dict(merged.get("router") or {})
-    router.setdefault("name", "topk")
-    if not isinstance(router["name"], str) or router["name"] not in ROUTERS:
+    defaults = METHODS[method].defaults(num_experts)
+    own = defaults["router"]["name"]
+    name = (given.get("router") or {}).get("name", own)
+    if not isinstance(name, str) or name not in ROUTERS:
         known = ", ".join(sorted(ROUTERS))
-        raise ValueError(
-            f"router.name: unknown router {router['name']!r}{nearest(router['name'], ROUTERS)}; known: {known}"
-        )
+        raise ValueError(f"router.name: unknown router {name!r}{nearest(name, ROUTERS)}; known: {known}")
+    if name != own:
+        if not METHODS[method].any_router and not is_resolved(given):
+            raise ValueError(
+                f"method={method} is itself a way of routing, by the router {own!r}, and router.name={name} is another "
+                f"one: leave out one of the two, or set a method that takes any router ({', '.join(OPEN_METHODS)})"
+            )
+        defaults = {**defaults, "router": {}}  # what it sets there is for its own
+    merged = deep_merge(defaults, given)
+    router = {**(merged.get("router") or {}), "name": name}
     config = typed_moe({**merged, "router": router})
     if config.competition.enabled and router["name"] != "topk":
         raise ValueError(
             "competition.enabled (CompeteSMoE) distils the experts' affinities into the logits of a linear router, "
             f"which the router {router['name']!r} has not: set router.name=topk, or competition.enabled=false"
         )
-    _refuse_settings_of_another_router(method, num_experts, router["name"], given.get("router") or {})
     config.router = {"name": router["name"], **asdict(config.router_options())}
     refusal = ROUTERS[router["name"]].refuses_noise
     if config.stochastic.enabled and refusal:
@@ -220,16 +238,44 @@ def resolve_moe(given: dict[str, Any] | None) -> MoEConfig:
     return config
 
 
-def _refuse_settings_of_another_router(method: str, num_experts: int, name: str, given: dict[str, Any]) -> None:
-    """Where the router was exchanged: a method's settings for its own are no keys that the user wrote."""
-    own = METHODS[method].defaults(num_experts).get("router", {})
-    known = {field.name for field in fields(ROUTERS[name].Options)} | {"name"}
-    foreign = [key for key in own if key not in known and key not in given]
-    if foreign:
-        raise ValueError(
-            f"router.name: the method {method!r} sets {', '.join(foreign)} of the router {own['name']!r}, which the "
-            f"router {name!r} has not: leave router.name alone, or set method=smoe or s2moe, which leave it open"
-        )
+OPEN_METHODS = [name for name, method in METHODS.items() if method.any_router]
+
+# What config.json and a checkpoint have always held of the layers, all of it, and no file that a person writes.
+RESOLVED = {
+    "num_experts",
+    "experts_per_token",
+    "expert_hidden",
+    "expert_form",
+    "activation",
+    "shared_experts",
+    "every",
+    "first_dense",
+    "router",
+    "stochastic",
+}
+
+
+def is_resolved(given: dict[str, Any]) -> bool:
+    """Whether this is a configuration that ``resolve_moe`` made, perhaps in an earlier version, and not a user's."""
+    return given.keys() >= RESOLVED
+
+
+def method_of(given: dict[str, Any], usual: str) -> str:
+    """The given method; without one, ``usual``, or the plain mixture where another router than its own is named.
+
+    So ``router.name=random`` alone is that router with nothing around it, though the usual method would take it.
+
+    Raises:
+        ValueError: on an unknown method.
+    """
+    router = given.get("router")
+    name = router.get("name") if isinstance(router, dict) else None
+    own = METHODS[usual].defaults(1)["router"]["name"]
+    alone = name is not None and (METHODS[usual].any_router or name != own)
+    method = given.get("method", "smoe" if alone else usual)
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method: unknown method {method!r}{nearest(method, METHODS)}; known: {', '.join(METHODS)}")
+    return method
 
 
 SECTIONS: dict[str, type[Any]] = {  # fields of MoEConfig with options of their own

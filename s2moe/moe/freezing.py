@@ -17,6 +17,7 @@ from __future__ import annotations
 from torch import nn
 
 from s2moe.moe.layer import SMoELayer
+from s2moe.moe.routers import Router
 from s2moe.parallel.deepspeed_compat import stacked_experts
 
 PARTS = {  # routers, experts
@@ -62,13 +63,16 @@ def freeze_named(model: nn.Module, parts: str) -> None:
 
 
 def freeze_as_adapted(model: nn.Module) -> None:
-    """Freeze every router and all experts of which an adapter around ``model`` (PEFT's) trains nothing.
+    """Freeze every router and all experts of which an adapter around ``model`` (PEFT's) saves nothing.
 
-    Not their weights alone, which the adapter has fixed: selection biases and thresholds too, which are not saved with
-    it; and frozen experts are known as such to DeepSpeed's optimizer (parallel/deepspeed_compat).
+    Not their weights alone, which the adapter has fixed. What a router changes between steps, selection biases and
+    thresholds, is saved with an adapter only where it saves a copy of the whole router (``modules_to_save``): any
+    other router keeps what it has, an adapted matrix or none. Frozen experts are known as such to DeepSpeed's
+    optimizer (parallel/deepspeed_compat).
     """
     for layer in model.modules():
         if isinstance(layer, SMoELayer):
-            for part, own in ((layer.router, layer.router), (layer.experts, stacked_experts(layer))):
-                if not any(parameter.requires_grad for parameter in part.parameters()):
-                    own.frozen = True
+            if isinstance(layer.router, Router):  # PEFT's copy of a whole one is none
+                layer.router.frozen = True
+            if not any(parameter.requires_grad for parameter in layer.experts.parameters()):
+                stacked_experts(layer).frozen = True

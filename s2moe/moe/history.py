@@ -71,6 +71,16 @@ def visible(
     return seen_BSL | own_SL
 
 
+def same_document(position_BS: Tensor) -> Tensor:
+    """Which positions belong to one document, where several are packed into a row, bool [B, 1, S, S].
+
+    As transformers tells them apart for attention: a document begins where a position is not the one before plus 1.
+    """
+    begins_BS = F.pad(position_BS.diff(dim=-1) != 1, (1, 0))
+    document_BS = begins_BS.cumsum(-1)
+    return (document_BS[:, :, None] == document_BS[:, None])[:, None]
+
+
 def recent(
     token_BS: Tensor, length: int, history: History | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class SMoELayer(EngineMoELayer):
             DenseMLP(hidden_size, shared_width, config.expert_form, config.activation) if shared_width else None
         )
         options = config.regularisers
-        self.regularisers = Regularisers(options) if is_any_on(options) else None
+        self.regularisers = Regularisers(options, hidden_size, config.num_experts) if is_any_on(options) else None
         self.bind_engine(config.num_experts, parallel)
 
     def forward(self, hidden_BSD: Tensor, context: RoutingContext | None = None) -> tuple[Tensor, LayerStatistics]:

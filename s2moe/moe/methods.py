@@ -10,29 +10,27 @@ class Method(NamedTuple):
     """A published method.
 
     ``summary`` is the line that ``--list-methods`` prints; ``settings`` are defaults below the user's own, or a
-    function that makes them from the number of experts.
+    function that makes them from the number of experts. ``any_router``: the method is something around a router, which
+    the user may exchange; the settings of ``router`` are for the one they name. Without it, the method is a way of
+    routing itself.
     """
 
     summary: str
     settings: dict[str, Any] | Callable[[int], dict[str, Any]]
+    any_router: bool = False
 
     def defaults(self, num_experts: int) -> dict[str, Any]:
         """The settings for a layer of so many experts."""
         return self.settings(num_experts) if callable(self.settings) else self.settings
 
 
-LOSS_FREE = {
-    "name": "topk",
-    "combine": "sigmoid",
-    "renormalise": True,
-    "bias_update_rate": 1e-3,
-    "balance_loss": 0.0,
-}
+LOSS_FREE = {"name": "topk", "combine": "sigmoid", "bias_update_rate": 1e-3, "balance_loss": 0.0}
 
 METHODS: dict[str, Method] = {
     "smoe": Method(
         "sparse mixture of experts: linear top-k routing with Switch's balance loss",
         {"router": {"name": "topk"}},
+        any_router=True,
     ),
     "switch": Method(
         "Switch Transformer: one expert, weight P not renormalised, jitter, capacity 1.25 in training",
@@ -70,15 +68,17 @@ METHODS: dict[str, Method] = {
         },
     ),
     "loss_free": Method(
-        "auxiliary-loss-free balancing: a selection bias follows the load after every step; sigmoid weights",
+        "auxiliary-loss-free balancing: a selection bias follows the load after every step; sigmoids as weights",
         {"experts_per_token": 2, "router": LOSS_FREE},
     ),
     "deepseek_v3": Method(
-        "DeepSeek-V3: loss_free with weights times 2.5, a tiny balance loss within sequences, one shared expert",
+        "DeepSeek-V3: loss_free, weights summing to 2.5, a tiny balance loss within sequences, one shared expert",
         {
             "experts_per_token": 2,
             "shared_experts": 1,
-            "router": {**LOSS_FREE, "scale": 2.5, "sequence_loss": 1e-4},
+            # Technical report (arXiv 2412.19437): eq. 13 renormalises, section 4.2 has alpha and u. The scale is
+            # routed_scaling_factor of the published config.json.
+            "router": {**LOSS_FREE, "renormalise": True, "scale": 2.5, "sequence_loss": 1e-4},
         },
     ),
     "xmoe": Method(
@@ -120,11 +120,13 @@ METHODS: dict[str, Method] = {
     ),
     "simsmoe": Method(
         "SimSMoE: top-2 with a loss on the similarity (CKA) of experts that share tokens",
-        {"experts_per_token": 2, "router": {"name": "topk"}, "regularisers": {"cka_loss": 0.05}},
+        {"experts_per_token": 2, "router": {"name": "topk"}, "regularisers": {"cka_loss": 0.01}},
+        any_router=True,
     ),
     "snnl_smoe": Method(
         "top-2 whose hidden states are conditioned by the soft nearest neighbour loss of the next symbol",
         {"experts_per_token": 2, "router": {"name": "topk"}, "regularisers": {"snnl_loss": 0.1}},
+        any_router=True,
     ),
     "sample_similarity": Method(
         "top-2 with the sample similarity loss: similar tokens to the same experts, dissimilar ones to others",
@@ -133,6 +135,7 @@ METHODS: dict[str, Method] = {
             "router": {"name": "topk", "balance_loss": 0.0},
             "regularisers": {"similarity_loss": 0.1},
         },
+        any_router=True,
     ),
     "importance": Method(
         "top-2 balanced by the importance loss: CV^2 of each expert's summed probability",
@@ -141,6 +144,7 @@ METHODS: dict[str, Method] = {
             "router": {"name": "topk", "balance_loss": 0.0},
             "regularisers": {"gate_importance_loss": 0.1},
         },
+        any_router=True,
     ),
     "ssr": Method(
         "Selective Sinkhorn Routing: top-2; 1 % of a layer's training steps route by a balanced transport plan",
@@ -161,22 +165,27 @@ METHODS: dict[str, Method] = {
     "s2moe": Method(
         "S2MoE, flop-matched: one expert for each token and one for its noisy copy, gate, InfoNCE",
         {"experts_per_token": 1, "router": {"name": "topk"}, "stochastic": {"enabled": True}},
+        any_router=True,
     ),
     "s2moe_k2": Method(
         "S2MoE with two experts on each of the two paths: twice the expert FLOPs of top-2 in training",
         {"experts_per_token": 2, "router": {"name": "topk"}, "stochastic": {"enabled": True}},
+        any_router=True,
     ),
     "momentum_smoe": Method(
         "MomentumSMoE: SMoE layers as heavy-ball steps, with a velocity carried from layer to layer",
         {"router": {"name": "topk"}, "momentum": {"kind": "heavy_ball"}},
+        any_router=True,
     ),
     "adam_smoe": Method(
         "AdamSMoE: Adam's step in the first SMoE layer, heavy balls after it",
         {"router": {"name": "topk"}, "momentum": {"kind": "adam"}},
+        any_router=True,
     ),
     "robust_momentum_smoe": Method(
         "Robust MomentumSMoE: the Robust Momentum Method, experts evaluated ahead along the velocity",
         {"router": {"name": "topk"}, "momentum": {"kind": "robust"}},
+        any_router=True,
     ),
     "similarity_aware": Method(
         "Similarity-Aware SMoE: experts by a mixture of the distributions of earlier tokens with similar hidden states",

@@ -107,21 +107,39 @@ class RegulariserOptions(Checked):
     )
     cka_loss: float = option(
         0.0,
-        "coefficient of SimSMoE's similarity of experts that share tokens (flat between 0.005 and 0.2)",
+        "coefficient of SimSMoE's similarity of experts that share tokens (the paper: flat between 0.005 and 0.2)",
         least=0,
         needs="SMoE layers",
     )
+    cka_form: str = option(
+        "published",
+        "published: the authors' code: outputs projected by a learned matrix to as many numbers as there are experts, "
+        "kernels of width cka_sigma, a pair compared once in cka_shared micro-batches' worth of shared tokens, the "
+        "CKAs summed; batch_mean: the outputs themselves, kernels of cka_sigma median distances, in every micro-batch "
+        "the mean over pairs with more than cka_shared shared tokens",
+        choices=("published", "batch_mean"),
+        needs="cka_loss",
+    )
     cka_sigma: float = option(
-        0.8, "width of its RBF kernel, as a multiple of the median distance", above=0, needs="cka_loss"
+        0.8, "width of its RBF kernel; with batch_mean as a multiple of the median distance", above=0, needs="cka_loss"
     )
     cka_threshold: float = option(0.5, "T*: pairs below this CKA differ enough", needs="cka_loss")
-    cka_shared: int = option(
-        4, "f*: pairs that share no more tokens than this are left alone", least=0, needs="cka_loss"
+    cka_shared: float | None = option(
+        None,
+        "f*. published: micro-batches' worth of shared tokens; batch_mean: shared tokens; null: 16, or 4",
+        least=0,
+        needs="cka_loss",
     )
     cka_pairs: int = option(
         16, "at most so many pairs of experts are compared, those that share most", least=1, needs="cka_loss"
     )
     cka_samples: int = option(64, "at most so many shared tokens of each pair", least=2, needs="cka_loss")
+
+    def shared(self) -> float:
+        """f* of the chosen form."""
+        if self.cka_shared is not None:
+            return self.cka_shared
+        return 16 if self.cka_form == "published" else 4
 
 
 COEFFICIENTS = ("snnl_loss", "similarity_loss", "similarity_different", "gate_importance_loss", "cka_loss")
@@ -135,17 +153,23 @@ def is_any_on(options: RegulariserOptions) -> bool:
 class Regularisers(nn.Module):
     """The chosen objectives of one layer. Training only."""
 
-    def __init__(self, options: RegulariserOptions) -> None:
+    def __init__(self, options: RegulariserOptions, hidden_size: int, num_experts: int) -> None:
         super().__init__()
         self.options = options
         self.log_temperature = None
         if options.snnl_loss and options.snnl_schedule == "learned":
-            self.log_temperature = nn.Parameter(torch.full((1,), math.log(options.snnl_temperature)))
+            self.log_temperature = nn.Parameter(torch.empty(1))
+        self.projection_ED = None
+        if options.cka_loss and options.cka_form == "published":
+            self.projection_ED = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters(0.02)
 
     def reset_parameters(self, std: float) -> None:
-        """Start the learned temperature."""
+        """Start the learned temperature, and SimSMoE's projection."""
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(self.options.snnl_temperature))
+        if self.projection_ED is not None:
+            nn.init.normal_(self.projection_ED, std=std)
 
     @property
     def wants_outputs(self) -> bool:
@@ -194,9 +218,10 @@ class Regularisers(nn.Module):
                 context,
                 options.cka_sigma,
                 options.cka_threshold,
-                options.cka_shared,
+                options.shared(),
                 options.cka_pairs,
                 options.cka_samples,
+                self.projection_ED,
             )
             losses["cka_loss"] = options.cka_loss * raw
             stats |= {"cka_loss": raw.detach(), **figures}
@@ -236,7 +261,12 @@ class Regularisers(nn.Module):
             return full_precision(self.log_temperature).exp().clamp(min=1e-3)
         if options.snnl_schedule == "optimised":
             return snnl.optimised_temperature(
-                distance_MM, label_M, options.snnl_temperature, options.snnl_search_steps, valid_M=valid_M
+                distance_MM,
+                label_M,
+                options.snnl_temperature,
+                options.snnl_search_steps,
+                valid_M=valid_M,
+                form=options.snnl_form,
             )
         value = options.snnl_temperature
         if options.snnl_schedule == "annealed":

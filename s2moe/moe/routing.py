@@ -90,6 +90,10 @@ class RoutingContext:
         layer = self.layer if layer is None else layer
         return _generator(torch.device("cpu"), self.seed, self.step, "all", layer, purpose)
 
+    def dropout_seed(self) -> int:
+        """For torch's own generator, which dropout draws from: keyed by (seed, step, micro-batch)."""
+        return _seed("dropout", self.seed, self.step, self.microbatch)
+
     def total_steps(self, given: int | None, what: str) -> int:
         """The run's steps: as an option gives them, or the trainer.
 
@@ -106,8 +110,12 @@ class RoutingContext:
 
 
 def _generator(device: torch.device, *key: object) -> torch.Generator:
+    return torch.Generator(device).manual_seed(_seed(*key))
+
+
+def _seed(*key: object) -> int:
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Routing(NamedTuple):

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.nn.functional import all_gather
 
@@ -38,7 +38,7 @@ from s2moe.moe.sampling import sample_tokens
 from s2moe.objectives.balance import masked_mean
 from s2moe.objectives.contrastive import Contrast, info_nce
 from s2moe.parallel import ExpertParallel
-from s2moe.precision import full_precision, linear
+from s2moe.precision import FullPrecisionLinear, full_precision
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ class StochasticSMoELayer(SMoELayer):
     def __init__(self, config: MoEConfig, hidden_size: int, layer: int, parallel: ExpertParallel | None = None) -> None:
         super().__init__(config, hidden_size, layer, parallel)
         self.options: StochasticOptions = config.stochastic
-        self.mix_gate = nn.Linear(hidden_size, 1)
+        self.mix_gate = FullPrecisionLinear(hidden_size, 1)
 
     def mix(self, hidden_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing, dict[str, Tensor]]:
         if not self.training:
@@ -147,7 +147,7 @@ class StochasticSMoELayer(SMoELayer):
 
     def _gate(self, hidden_TD: Tensor) -> Tensor:
         """g(x), a scalar for each token in float32, [T, 1]."""
-        return torch.sigmoid(linear(hidden_TD, self.mix_gate.weight, self.mix_gate.bias))
+        return torch.sigmoid(self.mix_gate(hidden_TD))
 
     def _contrast(
         self, first_MD: Tensor, second_MD: Tensor, valid_M: Tensor | None, context: RoutingContext

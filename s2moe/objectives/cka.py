@@ -8,8 +8,8 @@ representations that are equal up to rotation and scale, and knows nothing of ho
     linear   K_ij = x_i · x_j, hence CKA = ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of centred X, Y (Frobenius norms)
     RBF      K_ij = exp(−‖x_i − x_j‖² / (2 (σ m)²)), with m the median of ‖x_i − x_j‖ over pairs i ≠ j
 
-So σ is a multiple of the median distance, as is usual; SimSMoE (Do et al. 2025) takes 0.8 to 0.9. The median is a
-bandwidth, a constant for the gradient; of an even number of pairs it is the lower one.
+So σ is a multiple of the median distance, as is usual. The median is a bandwidth, a constant for the gradient; of an
+even number of pairs it is the lower one. A kernel that is ``absolute`` has m = 1: there scale counts.
 
 Differentiable, in float32 (float64 stays). Rows that are constant have no direction: their CKA is 0.
 
@@ -53,8 +53,11 @@ def linear_kernel(value_ND: Tensor, valid_N: Tensor | None = None) -> Tensor:
         return value_ND @ value_ND.mT
 
 
-def rbf_kernel(value_ND: Tensor, sigma: float, valid_N: Tensor | None = None) -> Tensor:
-    """Centred RBF kernel [.., N, N] at ``sigma`` times the median distance; zero where rows are left out.
+def rbf_kernel(value_ND: Tensor, sigma: float, valid_N: Tensor | None = None, absolute: bool = False) -> Tensor:
+    """Centred RBF kernel [.., N, N] of width ``sigma``; zero where rows are left out.
+
+    Args:
+        absolute: the width is ``sigma`` itself, and not that many median distances.
 
     Raises:
         ValueError: unless ``sigma`` is positive.
@@ -69,10 +72,13 @@ def rbf_kernel(value_ND: Tensor, sigma: float, valid_N: Tensor | None = None) ->
     square_NN = square_NN.clamp(min=0)
     own_NN = torch.eye(square_NN.shape[-1], dtype=torch.bool, device=square_NN.device)
     square_NN = square_NN.masked_fill(own_NN, 0)  # exactly, whatever was rounded above
-    left_out_NN = own_NN if valid_N is None else own_NN | ~(valid_N[:, None] & valid_N)
-    median = square_NN.detach().masked_fill(left_out_NN, torch.nan).flatten(-2).nanmedian(-1).values
-    median = torch.where(median > 0, median, 1.0)[..., None, None]  # no pairs, or most of them alike: any will do
-    kernel_NN = torch.exp(-square_NN / (2 * sigma**2 * median))
+    if not absolute:
+        left_out_NN = own_NN if valid_N is None else own_NN | ~(valid_N[:, None] & valid_N)
+        median = square_NN.detach().masked_fill(left_out_NN, torch.nan).flatten(-2).nanmedian(-1).values
+        median = torch.where(median > 0, median, 1.0)[..., None, None]  # no pairs, or most of them alike: any will do
+        square_NN = square_NN / median
+    # K − 1, as centring takes any constant away: near 1, where distances are small, K itself has no digits left.
+    kernel_NN = torch.expm1(-square_NN / (2 * sigma**2))
     # The rows' mean, then the columns': H K H, over the rows that count.
     return _centre(_centre(kernel_NN, valid_N).mT, valid_N)
 

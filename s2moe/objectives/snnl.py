@@ -99,18 +99,20 @@ def optimised_temperature(
     steps: int,
     rate: float = 0.1,
     valid_M: Tensor | None = None,
+    form: str = "exact",
 ) -> Tensor:
     """T = T₀ / t after gradient steps on t, from t = 1, that lower the loss (Frosst et al.'s code), without gradient.
 
-    They take the minimum over T, by one step at each evaluation from where the last one ended. This takes ``steps`` of
-    them and starts anew each time, so that it has no state.
+    ``form`` is that of the loss which the temperature is for: the two have different slopes. They take the minimum over
+    T, by one step at each evaluation from where the last one ended. This takes ``steps`` of them and starts anew each
+    time, so that it has no state.
     """
     distance_MM = distance_MM.detach()
     inverse = torch.ones(1, dtype=distance_MM.dtype, device=distance_MM.device)
     for _ in range(steps):
         with torch.enable_grad():
             inverse.requires_grad_()
-            loss = entanglement(distance_MM, label_M, initial / inverse, valid_M)
+            loss = entanglement(distance_MM, label_M, initial / inverse, valid_M, form)
             (slope,) = torch.autograd.grad(loss, inverse)
         inverse = (inverse.detach() - rate * slope).clamp(min=1e-3)
     return initial / inverse

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from s2moe.config.options import ConfigError
+from s2moe.places import ROOT
 
 from .communication import REACHED
 from .machines import Machine
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 ASSUMED_DENSE, ASSUMED_EXPERTS = 0.55, 0.40  # of the peak, forward and backward, at large sizes
 CPU_NAMES = re.compile(r"EPYC|Xeon|CPU|Ryzen|Graviton|aarch64|x86", re.IGNORECASE)

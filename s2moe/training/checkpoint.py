@@ -36,6 +36,7 @@ from .writing import BackgroundWriter, Writer, digest, sync
 MANIFEST = "manifest.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # converters that DeepSpeed adds, blind to spread experts
+REMOVED = f"{TEMPORARY}removed-"  # a checkpoint that is being deleted
 UNIVERSAL = "universal-"  # a checkpoint's universal form beside it, while a run changes its shape
 
 
@@ -80,13 +81,14 @@ class Checkpoint:
 
 @dataclass
 class Pending:
-    """A checkpoint whose files are being written."""
+    """A checkpoint whose files are being written. `saved` is the step of the newest complete one."""
 
     temporary: Path
     final: Path
     state: TrainingState
     keep: int
     writer: Writer
+    saved: int | None = None
 
     def publish(self) -> Path:
         """Wait for the files of all processes and make a checkpoint of them. Collective.
@@ -96,33 +98,38 @@ class Pending:
                 one has written. Older checkpoints stay as they were.
         """
         self.writer.wait()
-        written = require_success(self.writer.failures, self.writer.digests, self.temporary)
-        require_seen(self.temporary, written)
+        written = require_success(self.writer.failures, self.writer.digests, self.temporary, self.saved)
+        require_seen(self.temporary, written, self.saved)
         failures = []
         try:
             if rank() == 0:
                 publish(self.temporary, self.final, self.state, {name: file.digest for name, file in written.items()})
                 for checkpoint in list_complete(self.final.parent)[: -self.keep]:
-                    _remove(checkpoint.path)
+                    remove(checkpoint.path)
                 remove_universal(self.final.parent)  # the run has gone on in its new shape
         except OSError as error:
             failures.append(str(error))
-        require_success(failures, {}, self.temporary)
+        require_success(failures, {}, self.temporary, self.saved)
         return self.final
 
 
-def save(engine: Any, directory: Path, state: TrainingState, keep: int) -> Path:
+def save(engine: Any, directory: Path, state: TrainingState, keep: int, saved: int | None = None) -> Path:
     """Write a checkpoint of all processes and drop the oldest beyond `keep`. Collective.
 
     Returns the directory of the new checkpoint, which exists only if it is complete.
 
+    Args:
+        saved: step of the newest complete checkpoint so far, for messages.
+
     Raises:
         TrainingError: on every process, when one of them cannot write. Older checkpoints stay as they were.
     """
-    return begin(engine, directory, state, keep, Writer()).publish()
+    return begin(engine, directory, state, keep, Writer(), saved).publish()
 
 
-def begin(engine: Any, directory: Path, state: TrainingState, keep: int, writer: Writer) -> Pending:
+def begin(
+    engine: Any, directory: Path, state: TrainingState, keep: int, writer: Writer, saved: int | None = None
+) -> Pending:
     """Give the files of a checkpoint to `writer`. Collective."""
     temporary = directory / f"{TEMPORARY}step-{state.step}"
     if rank() == 0:
@@ -130,7 +137,7 @@ def begin(engine: Any, directory: Path, state: TrainingState, keep: int, writer:
     barrier()
     with writer.of(engine):
         engine.save_checkpoint(str(directory), tag=temporary.name, client_state=asdict(state), save_latest=False)
-    return Pending(temporary, directory / f"step-{state.step:08d}", replace(state), keep, writer)
+    return Pending(temporary, directory / f"step-{state.step:08d}", replace(state), keep, writer, saved)
 
 
 class Saver:
@@ -138,9 +145,13 @@ class Saver:
 
     A checkpoint in writing is published at the first step boundary at which all processes have their files on the
     disk. Until then there is only its temporary directory.
+
+    Attributes:
+        saved: step of the newest complete checkpoint, None where there is none.
     """
 
-    def __init__(self, engine: Any, directory: Path, keep: int, asynchronous: bool) -> None:
+    def __init__(self, engine: Any, directory: Path, keep: int, asynchronous: bool, saved: int | None = None) -> None:
+        self.saved = saved
         self._engine, self._directory, self._keep, self._asynchronous = engine, directory, keep, asynchronous
         self._pending: Pending | None = None
 
@@ -152,7 +163,7 @@ class Saver:
         """
         self.settle(wait=True)
         writer = BackgroundWriter() if self._asynchronous else Writer()
-        self._pending = begin(self._engine, self._directory, state, self._keep, writer)
+        self._pending = begin(self._engine, self._directory, state, self._keep, writer, self.saved)
         self.settle(wait=not self._asynchronous)
 
     def settle(self, wait: bool = False) -> None:
@@ -167,6 +178,7 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         pending.publish()
+        self.saved = pending.state.step
 
     def _all_done(self, writer: Writer) -> bool:
         if not dist.is_initialized():
@@ -284,12 +296,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        sizes, state = manifest["files"], TrainingState(**manifest["state"])
+        sizes, state = dict(manifest["files"]), TrainingState(**manifest["state"])
         has_checksums = bool({"sha256", "manifest"} & manifest.keys())
         intact = not has_checksums or manifest.pop("manifest") == _own_digest(manifest)
     except FileNotFoundError:
         raise ConfigError(f"the checkpoint {path} is incomplete: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"the checkpoint {path} is damaged: its {MANIFEST} cannot be read ({error})") from error
     if not intact:
         raise ConfigError(f"the checkpoint {path} is damaged: its {MANIFEST} has not the content that was written")
@@ -338,7 +350,7 @@ def remove_universal(directory: Path, but: Checkpoint | None = None) -> None:
     """Remove the universal forms of checkpoints, except that of one. For one process."""
     for path in directory.glob(f"{UNIVERSAL}*"):
         if but is None or path.name != f"{UNIVERSAL}{but.path.name}":
-            _remove(path)
+            remove(path)
 
 
 def _candidates(directory: Path) -> list[Path]:
@@ -353,7 +365,7 @@ def publish(
     """Turn the written files into a checkpoint. In one process; `digests` of the files as far as they are known."""
     _write_manifest(temporary, state, digests, universal)
     if final.exists():  # a damaged one
-        _remove(final)
+        remove(final)
     os.rename(temporary, final)
     sync(final.parent)
     for script in _SCRIPTS:
@@ -390,8 +402,14 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a directory so that, killed half-way, it does not look like a checkpoint."""
-    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
+    doomed = path.with_name(f"{REMOVED}{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_half_removed(directory: Path, prefix: str) -> None:
+    """Delete the rest of the checkpoints whose names begin with `prefix`, whose deletion was cut short."""
+    for path in directory.glob(f"{REMOVED}{prefix}*"):
+        shutil.rmtree(path, ignore_errors=True)

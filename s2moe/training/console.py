@@ -6,13 +6,15 @@ import sys
 import time
 from typing import Any, TextIO
 
+from s2moe.data.units import UNKNOWN_SYMBOL
+
 
 class Console:
-    """Progress of the steps `step` to `steps`, written to `stream` (standard error)."""
+    """Progress of the steps `step` to `steps`, written to `stream` (standard error). Bits are per `symbol`."""
 
-    def __init__(self, steps: int, step: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(self, steps: int, step: int = 0, stream: TextIO | None = None, symbol: str = "") -> None:
         self._stream = stream or sys.stderr
-        self._steps = steps
+        self._steps, self._symbol = steps, symbol
         self._shown, self._shown_at = step, time.monotonic()
         self._bar: Any = None
         if self._stream.isatty():
@@ -27,7 +29,7 @@ class Console:
 
     def event(self, step: int, values: dict[str, Any]) -> None:
         """Show the figures of a log event."""
-        figures = format_figures(values)
+        figures = format_figures(values, self._symbol)
         if self._bar is not None:
             self._bar.set_postfix_str(figures)
         else:
@@ -49,13 +51,14 @@ class Console:
             self._bar.close()
 
 
-def format_figures(values: dict[str, Any]) -> str:
-    """The figures a person watches, those that an event has: loss, BPC or error, speed, MFU, learning rate, norm."""
+def format_figures(values: dict[str, Any], symbol: str = "") -> str:
+    """The figures a person watches, those that an event has: loss, bits or error, speed, MFU, learning rate, norm."""
+    bits = f"bits/{symbol or UNKNOWN_SYMBOL}"
     shown = [
         ("epoch", "epoch {:.1f}"),
         ("train/loss", "loss {:.4f}"),
-        ("train/bpc", "bpc {:.4f}"),
-        ("val/bpc", "val bpc {:.4f}"),
+        ("train/bpc", f"{bits} {{:.4f}}"),
+        ("val/bpc", f"val {bits} {{:.4f}}"),
         ("train/error", "error {:.2%}"),
         ("val/error", "test error {:.2%}"),
         ("val/h_s", "H_s {:.3f}"),

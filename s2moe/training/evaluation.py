@@ -1,8 +1,9 @@
-"""Bits per character of a model on a split, by this project's convention and by the papers'.
+"""Bits per symbol of a model on a split, by this project's convention and by the papers'.
 
-BPC = negative log-likelihood in nats / (ln 2 x symbols), summed in float64. By convention every
-symbol of the split is scored exactly once, with at least `context` symbols before it where they
-exist; the first symbol, which has none, costs log2(vocabulary) bits.
+Bits per symbol = negative log-likelihood in nats / (ln 2 x symbols), summed in float64; the symbols are those that
+the scored tokens stand for, counted (data/units.py). By convention every token of the split is scored exactly once,
+with at least `context` tokens before it where they exist; the first token, which has none, costs log2(vocabulary)
+bits.
 
 Legend: W windows, B windows of a batch, L tokens of a window, V vocabulary.
 """
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from s2moe.data import TokenStream
+from s2moe.data.units import bits_per_symbol
+
 from .windows import LEGACY_PROTOCOLS, Windows, sliding_windows
 
 SLIDING = "sliding"
@@ -31,12 +35,12 @@ class Score:
 
     nats: float
     tokens: int
-    symbols: float
+    symbols: int
 
     @property
     def bits_per_symbol(self) -> float:
-        """BPC where a symbol is a character or a byte."""
-        return self.nats / (math.log(2) * self.symbols)
+        """Bits per byte, character or word: what a symbol is, the corpus says."""
+        return bits_per_symbol(self.nats, self.symbols)
 
     @property
     def perplexity(self) -> float:
@@ -52,7 +56,7 @@ class Protocol:
     context: int = 512
     segment: int = 512
     batch: int = 16
-    max_symbols: int | None = None  # score the first so many only (sliding)
+    max_symbols: int | None = None  # score only the first tokens, those that stand for so many symbols
     attention_window: int | None = None  # a token attends to the last so many; None: to the whole window
     experts_per_token: int | None = None  # k' at inference; None: as trained
 
@@ -62,16 +66,30 @@ class Protocol:
             return sliding_windows(tokens, self.context, self.segment)
         return LEGACY_PROTOCOLS[self.name][0](tokens)
 
+    def settings(self) -> dict[str, Any]:
+        """What a report says of it; a plan that has sizes of its own has no context or segment."""
+        sliding = self.name == SLIDING
+        return {
+            "name": self.name,
+            "context": self.context if sliding else None,
+            "segment": self.segment if sliding else None,
+            "attention_window": self.attention_window,
+        }
+
+    def tokens_of(self, stream: TokenStream) -> int:
+        """Tokens at the beginning of a stream that are read and, but for what the plan leaves out, scored."""
+        return len(stream) if self.max_symbols is None else stream.tokens_within(self.max_symbols)
+
 
 def evaluate(
     model: nn.Module,
-    stream: Any,
+    stream: TokenStream,
     vocab_size: int,
     protocol: Protocol,
     device: torch.device,
     contaminated: Any = None,
 ) -> Score:
-    """Score a token stream (an array with `.symbols`) with `model`. Collective over all processes.
+    """Score a token stream with `model`. Collective over all processes.
 
     The windows are dealt out so that every process makes equally many forward passes, which expert
     parallelism needs. The model must be in evaluation mode.
@@ -81,20 +99,26 @@ def evaluate(
             predicts `stream`.
 
     Raises:
-        ValueError: if the stream is too short for the protocol, or the other one not as long as it.
+        ValueError: if the stream is too short for the protocol, the other one not as long as it, or what is scored
+            stands for no symbol.
     """
     if contaminated is not None and len(contaminated) != len(stream):
         raise ValueError(f"the contaminated stream has {len(contaminated)} tokens, the clean one {len(stream)}")
-    total = len(stream) if protocol.max_symbols is None else min(len(stream), protocol.max_symbols)
+    total = protocol.tokens_of(stream)
     windows = protocol.windows(total)
     if len(windows) == 0:
         raise ValueError(f"a split of {total} tokens is too short for the protocol {protocol.name!r}")
-    nats = _negative_log_likelihood(model, stream, contaminated, windows, protocol, device)
     tokens = int((windows[:, 2] - windows[:, 1]).sum())
+    symbols = sum(stream.count_symbols(first, end) for _, first, end in windows.tolist())
+    if protocol.name == SLIDING:
+        tokens += 1
+        symbols += stream.count_symbols(0, 1)
+    if not symbols:
+        raise ValueError(f"the first {tokens} tokens of the split do not complete one symbol: score more of it")
+    nats = _negative_log_likelihood(model, stream, contaminated, windows, protocol, device)
     if protocol.name == SLIDING:
         nats += math.log(vocab_size)
-        tokens += 1
-    return Score(nats, tokens, tokens * (stream.symbols / len(stream)))
+    return Score(nats, tokens, symbols)
 
 
 def _negative_log_likelihood(

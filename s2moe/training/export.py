@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
-from s2moe.config.options import ConfigError
 from s2moe.data import Tokenizer
 from s2moe.hub.card import write_card
 from s2moe.hub.provenance import HF_DIRECTORY
@@ -30,9 +29,9 @@ from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.layer import SMoELayer
 from s2moe.parallel import ExpertParallel
 
+from .publication import TEMPORARY
 from .quiet import no_progress_bars
-
-ORIGIN_FILE = "training.json"  # which step of which run the weights are
+from .run_directory import ORIGIN_FILE, require_replaceable
 
 
 def export_engine(engine: Any, run_directory: Path, tokenizer: Tokenizer, step: int) -> Path:
@@ -109,7 +108,7 @@ def write_hf(
             save_tokenizer(tokenizer, directory, config.max_position_embeddings)
         write_card(directory, config, origin, run_directory, tokenizer.kind if tokenizer is not None else "")
 
-    write_model(model, state, target, origin, add)
+    write_model(model, state, target, origin, add, run_directory)
 
 
 def write_model(
@@ -118,17 +117,19 @@ def write_model(
     target: Path,
     origin: dict[str, Any],
     add: Callable[[Path], None] = lambda directory: None,
+    run_directory: Path | None = None,
 ) -> None:
-    """Write a model with the weights `state`, and its origin, to `target`, replacing an earlier export whole.
+    """Write a model with the weights `state`, and its origin, to `target`, replacing an earlier export of the run.
 
     Args:
         model: on the meta device; its weights do not count.
         add: writes what else belongs into the directory.
+        run_directory: of the run; None: it is not known.
 
     Raises:
         ConfigError: `target` holds something else.
     """
-    require_replaceable(target)
+    require_replaceable(target, origin["run"], run_directory)
     temporary = empty_beside(target)
     with no_progress_bars():
         model.to(next(iter(state.values())).dtype).save_pretrained(temporary, state_dict=state)
@@ -139,7 +140,7 @@ def write_model(
 
 def empty_beside(target: Path) -> Path:
     """The path at which to write what `put_in_place` makes of it: nothing is there, and its parent is."""
-    temporary = target.with_name(f".tmp-{target.name}")
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     return temporary
@@ -147,20 +148,12 @@ def empty_beside(target: Path) -> Path:
 
 def put_in_place(temporary: Path, target: Path) -> None:
     """Make the finished directory `target`, which at any moment is the new or the old one, or absent."""
-    old = target.with_name(f".tmp-old-{target.name}")
+    old = target.with_name(f"{TEMPORARY}old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(temporary, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def require_replaceable(target: Path) -> None:
-    """Raise ConfigError unless `target` is absent, an empty directory or an exported model."""
-    if not target.exists() or (target / ORIGIN_FILE).is_file():
-        return
-    if not target.is_dir() or any(target.iterdir()):
-        raise ConfigError(f"{target} exists and is not an exported model: give another --out")
 
 
 def whole(*parameters: nn.Parameter) -> AbstractContextManager[Any]:

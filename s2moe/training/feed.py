@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from s2moe.config.run import RunConfig
 from s2moe.data import WindowSampler, microbatch_start
+from s2moe.data.units import bits_per_symbol
 from s2moe.parallel.sequence_parallel import SequencePart
 
 from .checkpoint import TrainingState
@@ -43,8 +48,8 @@ class Feed(ABC):
         """Detached scalars of a micro-batch for the log, by name, the same at every step."""
         return {}
 
-    def figures(self, state: TrainingState, task_loss: float) -> dict[str, float]:
-        """Further figures of a log event, made from its mean task loss."""
+    def figures(self, state: TrainingState, means: Mapping[str, float]) -> dict[str, float]:
+        """Further figures of a log event, made from its mean losses and values, which have the log's names."""
         return {}
 
 
@@ -53,16 +58,23 @@ class TextFeed(Feed):
 
     Args:
         sampler: the training sequences.
-        bits_per_nat: turns the task loss into bits per symbol of the training split.
+        symbols_V: symbols of each token of the vocabulary, by which bits per symbol are counted; None: one each.
 
-    Legend: B sequences of a micro-batch, S sequence length.
+    Legend: B sequences of a micro-batch, S sequence length, V vocabulary.
     """
 
     unit = "tokens"
 
-    def __init__(self, config: RunConfig, processes: Processes, sampler: WindowSampler, bits_per_nat: float) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        processes: Processes,
+        sampler: WindowSampler,
+        symbols_V: NDArray[np.int64] | None = None,
+    ) -> None:
         self.units = config.training.sequence_length
-        self._sampler, self._bits_per_nat, self._device = sampler, bits_per_nat, processes.device
+        self._sampler, self._device = sampler, processes.device
+        self._symbols_V = None if symbols_V is None else torch.from_numpy(symbols_V).to(processes.device)
         self._part = SequencePart.of(processes.rank, processes.world_size, config.training.sequence_parallel)
         self._size = config.micro_batch(processes.world_size)
 
@@ -77,8 +89,15 @@ class TextFeed(Feed):
             inputs_BS, labels_BS = part.cut(inputs_BS), part.cut(labels_BS)
         return {"input_ids": inputs_BS, "shift_labels": labels_BS, "use_cache": False, **positions}
 
-    def figures(self, state: TrainingState, task_loss: float) -> dict[str, float]:
-        return {"train/bpc": task_loss * self._bits_per_nat}
+    def values(self, inputs: dict[str, Any], output: Any) -> dict[str, Tensor]:
+        """Where tokens count other than one symbol: the mean, which a mean loss has to be divided by."""
+        if self._symbols_V is None:
+            return {}
+        return {"symbols_per_token": self._symbols_V[inputs["shift_labels"]].float().mean()}
+
+    def figures(self, state: TrainingState, means: Mapping[str, float]) -> dict[str, float]:
+        symbols = means.get("train/symbols_per_token", 1.0)
+        return {"train/bpc": bits_per_symbol(means["train/task_loss"], symbols) if symbols else math.inf}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from s2moe import drawing
+from s2moe.data.units import unit_of
+
 from . import metrics_log
+from .run_symbol import symbol_of_run
 
 CURVES_FILE = "curves.png"
-CURVES = {"bpc": "bits per character", "error": "error", "task_loss": "loss"}  # what is drawn: the first that there is
+CURVES = {"bpc": "", "error": "error", "task_loss": "loss"}  # what is drawn, the first that there is, and its unit
 STOCHASTIC = {"gate_mean": "gate", "agreement": "routing agreement", "infonce_accuracy": "InfoNCE accuracy"}
 
 
@@ -18,19 +22,15 @@ def draw_run(directory: Path) -> Path:
     Raises:
         FileNotFoundError: without a metrics.jsonl.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
     events = metrics_log.read(directory / "metrics.jsonl")
     training = [event for event in events if "train/loss" in event]
     layers = sorted({int(key[6:].split("/")[0]) for key in training[-1] if key.startswith("layer_")})
     figures = [name for name in STOCHASTIC if layers and f"layer_{layers[0]}/{name}" in training[-1]]
     panels = 1 + bool(layers) + bool(figures)
-    canvas, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False, layout="constrained")
+    canvas, axes = drawing.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False)
     figure, unit = next((name, text) for name, text in CURVES.items() if f"train/{name}" in training[-1])
-    _curve(axes[0, 0], training, [event for event in events if f"val/{figure}" in event], figure, unit)
+    unit = unit or unit_of(symbol_of_run(directory))
+    _curve(axes[0, 0], training, *metrics_log.validations(events, figure), figure, unit)
     if layers:
         _load(canvas, axes[0, 1], training, layers)
     if figures:
@@ -40,19 +40,29 @@ def draw_run(directory: Path) -> Path:
         axes[0, 2].set(title="S2MoE, mean over layers", xlabel="step", ylim=(0, 1))
         axes[0, 2].legend(frameon=False)
     path = directory / CURVES_FILE
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)
     return path
 
 
-def _curve(axis: Any, training: list[dict[str, Any]], validation: list[dict[str, Any]], figure: str, unit: str) -> None:
+def _curve(
+    axis: Any,
+    training: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    closing: dict[str, Any] | None,
+    figure: str,
+    unit: str,
+) -> None:
     train, held_out = f"train/{figure}", f"val/{figure}"
     axis.plot([e["step"] for e in training], [e[train] for e in training], lw=1, label="training")
     if validation:
-        axis.plot([e["step"] for e in validation], [e[held_out] for e in validation], "o-", ms=4, label="validation")
+        label = "validation" if closing is None else "validation, of its first part"
+        axis.plot([e["step"] for e in validation], [e[held_out] for e in validation], "o-", ms=4, label=label)
+    if closing is not None:
+        axis.plot(closing["step"], closing[held_out], "D", ms=6, label="validation, all of it")
+    if last := closing or (validation[-1] if validation else None):
         axis.annotate(
-            f"{validation[-1][held_out]:.3f}",
-            (validation[-1]["step"], validation[-1][held_out]),
+            f"{last[held_out]:.3f}",
+            (last["step"], last[held_out]),
             textcoords="offset points",
             xytext=(-8, 10),
             ha="right",

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from s2moe.config import ConfigError
-from s2moe.data import Corpus, load_tokenizer
-from s2moe.data.tokenizer_base import REPLACEMENT, TOKENIZER_FILE
+from s2moe.data import Corpus
+from s2moe.data.tokenizer_base import REPLACEMENT
 from s2moe.hub import S2MoETokenizer
-from s2moe.hub.auto_tokenizer import read_tokenizer
+from s2moe.hub.auto_tokenizer import has_tokenizer, read_tokenizer
+from s2moe.hub.reading import read_model
+from s2moe.hub.tokenization import left_out
 from s2moe.moe.layer import SMoELayer
 from s2moe.moe.routing import Routing
 
@@ -41,9 +43,16 @@ def continue_text(options: argparse.Namespace) -> str:
     if choices is not None and not 1 <= choices <= moe.num_experts:
         raise ConfigError(f"--experts-per-token must lie in 1..{moe.num_experts}, got {choices}")
     layer = None if options.color_by_expert is None else find_layer(model, options.color_by_expert)
+    if isinstance(tokenizer, S2MoETokenizer) and (lacking := left_out(tokenizer, options.prompt)):
+        raise ConfigError(f"the prompt's {lacking[0]!r} is not among the tokenizer's symbols: leave it out")
     prompt = tokenizer(options.prompt, return_tensors="pt")["input_ids"].long().to(device)
     if prompt.shape[1] == 0:
         raise ConfigError("the prompt has no token: give some text")
+    if int(prompt.max()) >= model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives the prompt the id {int(prompt.max())}, and the model in {options.checkpoint} has "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature:
@@ -72,17 +81,16 @@ def load_model_and_tokenizer(path: Path, data: Path | None) -> tuple[Any, Any]:
         return load_weights(weights), S2MoETokenizer(corpus.tokenizer)
     check_language_model(weights.hf)
     with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
+        model = read_model(AutoModelForCausalLM, weights.hf)
     if not hasattr(model.config, "moe_config"):
         raise ConfigError(f"{weights.hf} is a {type(model).__name__} without SMoE layers of this project")
-    if (weights.hf / "tokenizer_config.json").is_file():
+    if has_tokenizer(weights.hf):
         if data is not None:
             raise ConfigError(f"--data: {weights.hf} has its own tokenizer: leave it out")
         return model, read_tokenizer(weights.hf)
-    if data is None and not (weights.hf / TOKENIZER_FILE).is_file():
+    if data is None:
         raise ConfigError(f"{weights.hf} has no tokenizer: give the corpus it was trained on, --data")
-    base = Corpus.open(data).tokenizer if data is not None else load_tokenizer(weights.hf)
-    return model, S2MoETokenizer(base)
+    return model, S2MoETokenizer(Corpus.open(data).tokenizer)
 
 
 def extend(model: Any, ids: Tensor, tokens: int, **settings: Any) -> Tensor:
@@ -144,13 +152,14 @@ def _heaviest(routing: Routing) -> list[int | None]:
 
 def coloured(tokenizer: Any, ids: list[int], expert_S: list[int | None], num_experts: int) -> str:
     """The text of the tokens, each in its expert's colour. A character of several tokens has that of the first."""
-    parts, written, start = [], "", 0
+    parts, before, start = [], 0, 0  # tokens since `before` say how the next ones join, such as with a space
     for stop in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:stop])
+        text = tokenizer.decode(ids[before:stop])
         if text.endswith(REPLACEMENT) and stop < len(ids):
             continue  # perhaps in the middle of a character
+        written = tokenizer.decode(ids[before:start])
         parts.append(colour(expert_S[start], num_experts) + text[len(written) :] + RESET)
-        written, start = text, stop
+        before, start = start, stop
     return "".join(parts)
 
 

@@ -19,18 +19,18 @@ two copies count twice, and a new router's choices about k / 2. The optimizer an
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from s2moe.config.options import ConfigError
 from s2moe.config.run import InitConfig
+from s2moe.hub.reading import read_config, require_whole
+from s2moe.hub.weight_files import WeightFiles
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.moe.config import MoEConfig
@@ -44,27 +44,6 @@ _DENSE = {  # expert matrix: the dense MLP's, by the experts' form
     "gated": {"w1": "gate.weight", "w2": "down.weight", "w3": "up.weight"},
     "mlp": {"w1": "up.weight", "w2": "down.weight", "w3": "up.bias"},
 }
-
-
-class TensorFiles:
-    """The tensors of a Hugging Face directory by name, read when and as far as they are needed."""
-
-    def __init__(self, directory: Path) -> None:
-        index = directory / "model.safetensors.index.json"
-        names = [directory / "model.safetensors"]
-        if index.is_file():
-            names = [directory / name for name in set(json.loads(index.read_text())["weight_map"].values())]
-        try:
-            self._files = [safe_open(name, framework="pt") for name in sorted(names)]
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(f"{KEY}: cannot read the weights in {directory}: {error}") from error
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
-        self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """The tensor, or one entry of its first dimension."""
-        part = self._file_of[name].get_slice(name)
-        return part[:] if row is None else part[row : row + 1][0]
 
 
 @dataclass(frozen=True)
@@ -87,11 +66,12 @@ class InitialWeights:
         directory = _directory(Path(options.weights))
         self._noise, self._seed = options.noise, seed
         try:
-            self._source = S2MoEConfig.from_pretrained(directory)
-        except ValueError as error:
-            raise ConfigError(f"{KEY}: {directory}: {error}") from error
+            self._source = read_config(S2MoEConfig, directory)
+            self._files = WeightFiles(directory)
+            require_whole_language_model(self._source, self._files, directory)
+        except ConfigError as error:
+            raise ConfigError(f"{KEY}: {error}") from error
         self._config = config
-        self._files = TensorFiles(directory)
         trained = Weights(hf=directory).tokenizer
         if trained and trained != tokenizer:
             raise ConfigError(
@@ -235,6 +215,16 @@ def _directory(path: Path) -> Path:
             f"and give {KEY}=DIR"
         )
     return weights.hf
+
+
+def require_whole_language_model(config: S2MoEConfig, files: WeightFiles, directory: Path) -> None:
+    """Raise ConfigError unless the files have exactly the weights of a language model of this configuration."""
+    with torch.device("meta"):
+        model = S2MoEForCausalLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    others = [name for name, shape in files.shapes.items() if expected.get(name, shape) != shape]
+    require_whole(str(directory), expected.keys() - files.shapes - tied, files.shapes.keys() - expected, others)
 
 
 def _copies_scale(moe: MoEConfig) -> float:

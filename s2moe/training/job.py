@@ -21,17 +21,21 @@ class Job(ABC):
     """A run whose settings have been checked and whose data is open.
 
     Attributes:
+        kind: of run, as its directory names it: see run_directory.py.
         config: with the number of steps known.
         state: of a run that has not begun, with everything that a checkpoint must agree with.
         flops_per_unit: of training on one unit of the feed; 0 where it is not known.
         sample: what the settings call one.
+        symbol: what a figure per symbol is divided by; empty where there is none.
     """
 
+    kind: str
     config: RunConfig | VisionRunConfig
     state: TrainingState
     feed: Feed
     flops_per_unit: float = 0.0
     sample: str = "sequences"
+    symbol: str = ""
 
     @abstractmethod
     def initial(self) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .initial import InitialWeights
 from .job import Job
 from .live_probe import LiveProbe, take_probe_set
 from .processes import Processes
+from .run_directory import PRETRAINING
 from .run_log import RunLog
 
 
@@ -35,6 +35,7 @@ class LanguageJob(Job):
         ConfigError, CorpusError: a setting or the data does not allow it.
     """
 
+    kind = PRETRAINING
     config: RunConfig
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:
@@ -46,7 +47,8 @@ class LanguageJob(Job):
         sampler = WindowSampler(train, config.training.sequence_length, config.seed)
         self.model_config = config.model_config(corpus.metadata.vocab_size)
         self.state = initial_state(config, self.model_config, corpus, processes.world_size)
-        self.feed = TextFeed(config, processes, sampler, len(train) / train.symbols / math.log(2))
+        self.symbol = corpus.metadata.symbol
+        self.feed = TextFeed(config, processes, sampler, corpus.tokenizer.symbols_V)
         self.flops_per_unit = model_sizes(self.model_config).flops_per_token(config.training.sequence_length)
 
     def initial(self) -> InitialWeights:
@@ -117,7 +119,7 @@ def validation_score(
     device: torch.device,
     full: bool,
 ) -> Score:
-    """Score the validation split, all of it or its first `evaluation.max_symbols`. Collective."""
+    """Score the validation split, all of it or its first tokens, which `evaluation.max_symbols` counts. Collective."""
     settings = config.evaluation
     protocol = Protocol(
         context=settings.context,

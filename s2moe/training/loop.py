@@ -9,7 +9,6 @@ where micro-batches follow one another.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -52,6 +51,7 @@ class TrainingLoop:
         probe: called with the step; looks into the SMoE layers. Collective.
         save: called after a step; writes a checkpoint of `state`. Collective.
         settle: called after every step; completes a checkpoint that is being written behind training. Collective.
+        remains: says from where the same command goes on.
         flops_per_unit, peak_flops: for MFU; of a unit of the feed, and of one process' device, None where unknown.
 
     Attributes:
@@ -69,6 +69,7 @@ class TrainingLoop:
     probe: Callable[[int], None]
     save: Callable[[], None]
     settle: Callable[[], None] = lambda: None
+    remains: Callable[[], str] = lambda: ""
     flops_per_unit: float = 0.0
     peak_flops: float | None = None
     signalled: bool = False
@@ -113,13 +114,18 @@ class TrainingLoop:
             with self.timing.occasion("probe"):
                 self.probe(step)
             self.engine.train()
+        if last:
+            self._save()  # before the whole validation, which may take long: stopped there, nothing is lost
         if _due(step, self.config.evaluation.every) or last:
             with self.timing.occasion("evaluation"):
                 self.validate(step)
             self.engine.train()
-        if save:
-            with self.timing.occasion("checkpoint"):
-                self.save()
+        if save and not last:  # a resumed run has done the validation of its first step
+            self._save()
+
+    def _save(self) -> None:
+        with self.timing.occasion("checkpoint"):
+            self.save()
 
     def _step(self) -> bool:
         """One optimizer step; True when a process asks to stop."""
@@ -167,7 +173,7 @@ class TrainingLoop:
             microbatch=index * world + rank,
             epoch=self.feed.epoch(self.state.samples),
         )
-        torch.manual_seed(_dropout_seed(context))
+        torch.manual_seed(context.dropout_seed())
         with self.timing.phase("forward"):
             return self.engine(**self._inputs, context=context)
 
@@ -210,9 +216,8 @@ class TrainingLoop:
 
     def _stopped(self, step: int, cause: str) -> str:
         return (
-            f"training stopped at step {step}: {cause}. Nothing was saved since the last checkpoint, "
-            "which is intact: the same command continues from there. Try a lower optimizer.lr, a longer "
-            "schedule.warmup_steps or a smaller optimizer.clip"
+            f"training stopped at step {step}: {cause}. Nothing of it was saved; {self.remains()}. Try a lower "
+            "optimizer.lr, a longer schedule.warmup_steps or a smaller optimizer.clip"
             + (", or bf16 instead of fp16" if self.config.training.precision == "fp16" else "")
         )
 
@@ -227,7 +232,7 @@ class TrainingLoop:
         speed = units / max(self._interval_seconds, 1e-9)
         names = (*LOSSES, *(f"train/{name}" for name in self._values))
         values: dict[str, Any] = dict(zip(names, means, strict=True))
-        values |= self.feed.figures(self.state, means[1])
+        values |= self.feed.figures(self.state, values)
         values["lr"] = self.engine.optimizer.param_groups[0]["lr"]
         values["grad_norm"] = self._gradient_norm()
         values[f"{unit}_per_second"] = speed
@@ -249,8 +254,3 @@ def _losses(output: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _dropout_seed(context: RoutingContext) -> int:
-    key = f"dropout/{context.seed}/{context.step}/{context.microbatch}"
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1

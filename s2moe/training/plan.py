@@ -81,7 +81,7 @@ def plan(config: RunConfig, model_config: S2MoEConfig, world_size: int) -> str:
     flops = sizes.flops_per_token(training.sequence_length)
     lines = [
         f"{config.name}: {model_config.num_hidden_layers} layers, width {model_config.hidden_size}, "
-        f"{moe.num_experts} experts, {moe.method}",
+        f"{moe.num_experts} experts, {moe.title()}",
         "",
         "parameters",
         *_parameter_lines(sizes, built),

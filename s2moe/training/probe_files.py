@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2moe.config import ConfigError
 from s2moe.metrics.fluctuation import fluctuation, set_fluctuation
 
 from .probe import LayerProbe
@@ -75,15 +76,22 @@ def write(directory: Path, assignments: Assignments) -> Path:
 
 
 def read(path: Path) -> Assignments:
-    """One file."""
-    with np.load(path) as file:
-        return Assignments(
-            _step(path),
-            str(file["fingerprint"]),
-            int(file["num_experts"]),
-            tuple(file["layers"].tolist()),
-            torch.from_numpy(file["order"].astype(np.int64)),
-        )
+    """One file, of which nothing is executed. Raises ConfigError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = Assignments(
+                _step(path),
+                str(file["fingerprint"]),
+                int(file["num_experts"]),
+                tuple(file["layers"].tolist()),
+                torch.from_numpy(file["order"].astype(np.int64)),
+            )
+        if found.order_LTK.dim() != 3 or len(found.order_LTK) != len(found.layers):
+            raise ValueError("not a number for each layer, token and choice")
+    except Exception as error:  # a damaged archive ends in errors of any kind
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the probe {path} is damaged ({reason}): remove it, or bring back a copy") from error
+    return found
 
 
 def files(directory: Path) -> list[Path]:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from s2moe.config.options import ConfigError
 from s2moe.parallel import deepspeed_compat
 
+from .environment import check_environment, missing_hostfile, number
 from .errors import LostProcessError, ProcessError
 
 
@@ -48,12 +49,15 @@ def start_processes(timeout_minutes: float = 30.0) -> Processes:
             which knows more, comes first.
 
     Raises:
+        ConfigError: the environment does not describe a process, see environment.py.
         ProcessError: more processes on this machine than GPUs.
         LostProcessError: not all processes joined in time.
     """
     import deepspeed
 
     describe_process(os.environ)
+    if (hostfile := missing_hostfile()) is not None:
+        raise ConfigError(f"deepspeed --hostfile: there is no file {hostfile}, so the run would go on here alone")
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     on_gpu = deepspeed.get_accelerator().device_name() == "cuda"
     if on_gpu:
@@ -136,15 +140,22 @@ def stop_processes(together: bool = False) -> None:
 
 
 def describe_process(environment: MutableMapping[str, str]) -> None:
-    """Fill in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the starter did not set them."""
+    """Fill in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where the starter did not set them.
+
+    Raises:
+        ConfigError: what it set is incomplete, or cannot be.
+    """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
     elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         for name, value in slurm_process(environment).items():
             environment.setdefault(name, value)
+    elif "RANK" in environment:
+        raise ConfigError(f"RANK={environment['RANK']} is set but not WORLD_SIZE: set both, or unset RANK")
     else:
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    check_environment(environment)
 
 
 def slurm_process(environment: MutableMapping[str, str]) -> dict[str, str]:
@@ -156,7 +167,7 @@ def slurm_process(environment: MutableMapping[str, str]) -> dict[str, str]:
     job numbers of their own.
     """
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "127.0.0.1")
-    job, step, node = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID", "NODEID"))
+    job, step, node = (number(environment, f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "NODEID"))
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
@@ -171,18 +182,19 @@ def tasks_of_node(tasks: str, node: int) -> int:
     """Tasks on a node of a job step, from Slurm's list: `8(x2),4` is 8 for the nodes 0 and 1, 4 for node 2."""
     counts: list[int] = []
     for part in tasks.split(","):
-        count, _, repeated = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(repeated or "1")
+        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
+        if match is None or not int(match[2] or 1):
+            raise ConfigError(f"cannot read the tasks of the nodes in SLURM_STEP_TASKS_PER_NODE={tasks!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts[min(node, len(counts) - 1)]
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: `gpu[003-010,12],login1` is gpu003."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\](.*?)(?:,|$))?", nodelist)
+    """The first name of a Slurm node list: `gpu[003-010,12],login1` is gpu003, `r[0-3]b[7,9]` is r0b7."""
+    match = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+(?=,|$)", nodelist)
     if match is None:
         raise ConfigError(f"cannot read the Slurm node list {nodelist!r}")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + (suffix or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match[0])
 
 
 def _free_port() -> int:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import TrainingError
+from .errors import TrainingError, remains
 from .ranks import from_first, gather, rank
 
 TEMPORARY = ".tmp-"  # what a checkpoint's directory begins with until it is one
@@ -30,8 +30,13 @@ class Written:
     writer: str
 
 
-def require_success(failures: list[str], digests: dict[Path, str], temporary: Path) -> dict[str, Written]:
+def require_success(
+    failures: list[str], digests: dict[Path, str], temporary: Path, saved: int | None
+) -> dict[str, Written]:
     """The files of all processes, by their path in the checkpoint. Collective.
+
+    Args:
+        saved: step of the newest complete checkpoint, for the message.
 
     Raises:
         TrainingError: on every process if one of them failed, after removing what was written.
@@ -47,11 +52,14 @@ def require_success(failures: list[str], digests: dict[Path, str], temporary: Pa
     first = next((failure for failures_of, _ in gathered for failure in failures_of), None)
     if first is None:
         return {name: file for _, files in gathered for name, file in files.items()}
-    raise _given_up(temporary, first, "make room")
+    raise _given_up(temporary, first, "make room", saved)
 
 
-def require_seen(temporary: Path, written: dict[str, Written]) -> None:
+def require_seen(temporary: Path, written: dict[str, Written], saved: int | None) -> None:
     """Let process 0 find the files of all processes, with their sizes. Collective.
+
+    Args:
+        saved: as for ``require_success``.
 
     Raises:
         TrainingError: on every process if it does not, after removing what was written.
@@ -62,7 +70,7 @@ def require_seen(temporary: Path, written: dict[str, Written]) -> None:
         more = len(missing) - NAMED
         problem = f"{first} does not find in {place}: {', '.join(missing[:NAMED])}"
         problem += f", and {more} more" if more > 0 else ""
-        raise _given_up(temporary, problem, "give an output_dir on a file system that all processes see")
+        raise _given_up(temporary, problem, "give an output_dir on a file system that all processes see", saved)
 
 
 def _missing(temporary: Path, written: dict[str, Written]) -> list[str]:
@@ -85,11 +93,10 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _given_up(temporary: Path, problem: str, remedy: str) -> TrainingError:
+def _given_up(temporary: Path, problem: str, remedy: str, saved: int | None) -> TrainingError:
     """Remove what was written; the error to raise, on every process."""
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     return TrainingError(
-        f"cannot write the checkpoint {temporary.name.removeprefix(TEMPORARY)}: {problem}; the last complete "
-        f"checkpoint is intact: {remedy}, and the same command continues from there"
+        f"cannot write the checkpoint {temporary.name.removeprefix(TEMPORARY)}: {problem}: {remedy}; {remains(saved)}"
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2moe.parallel import deepspeed_compat
 
 from .checkpoint import TrainingState
-from .errors import TrainingError
+from .errors import TrainingError, remains
 from .export import expert_parameters
 from .ranks import gather
 
@@ -33,8 +33,10 @@ class _Shared:
     group: Any
 
 
-def require_equal_replicas(module: nn.Module, state: TrainingState) -> None:
+def require_equal_replicas(module: nn.Module, state: TrainingState, saved: int | None = None) -> None:
     """Raise TrainingError on every process unless all hold the same position, weights and buffers. Collective.
+
+    `saved` is the step of the newest complete checkpoint, for the message.
 
     Slices of ZeRO-3 and experts that one process alone holds have no replica to be compared with.
     """
@@ -49,9 +51,8 @@ def require_equal_replicas(module: nn.Module, state: TrainingState) -> None:
     first = next((text for of_rank in gather(found) for text in of_rank), None)
     if first is not None:
         raise TrainingError(
-            f"processes have diverged at step {state.step}: {first}. No checkpoint was written; the last complete one "
-            "is intact, and the same command continues from there. If it happens again, the rank's memory or "
-            "network is faulty: leave its machine out"
+            f"processes have diverged at step {state.step}: {first}. No checkpoint was written; {remains(saved)}. "
+            "If it happens again, the rank's memory or network is faulty: leave its machine out"
         )
 
 

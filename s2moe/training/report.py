@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from s2moe.config.run import RunConfig
 from s2moe.data import Corpus, compressor_bits
+from s2moe.data.units import unit_of
+from s2moe.hub import S2MoETokenizer
 
 from .console import format_seconds
 from .evaluation import Score
+from .generation import extend
 from .run import Result
 from .weights import Weights, load_weights
 
 LARGEST_TEXT = 16 * 2**20  # bytes of training text up to which the compressors are run: a minute at most
-UNITS = {"byte": "bits per character", "character": "bits per character", "word": "bits per word"}
 
 
 def report(config: RunConfig, result: Result) -> str:
@@ -43,12 +44,11 @@ def report(config: RunConfig, result: Result) -> str:
 
 def comparison(corpus: Corpus, train: str, validation: str, score: Score) -> str:
     """The validation figure, beside what gzip, bzip2 and xz make of the same bytes where the text is small."""
-    unit = UNITS[corpus.metadata.symbol]
+    symbol = corpus.metadata.symbol
     head = (
-        f"{validation}: {score.bits_per_symbol:.4f} {unit} "
-        f"({score.symbols:,.0f} {corpus.metadata.symbol}s, every one scored)"
+        f"{validation}: {score.bits_per_symbol:.4f} {unit_of(symbol)} ({score.symbols:,} {symbol}s, every one scored)"
     )
-    if corpus.metadata.symbol == "word" or corpus.path(train).stat().st_size > LARGEST_TEXT:
+    if symbol == "word" or corpus.path(train).stat().st_size > LARGEST_TEXT:
         return head
     bits = compressor_bits(corpus.text_bytes(validation), corpus.text_bytes(train))
     rows = [f"  {'compressor, bits per byte':28}{'alone':>8}{'given the training text':>26}"]
@@ -57,21 +57,11 @@ def comparison(corpus: Corpus, train: str, validation: str, score: Score) -> str
 
 
 def sample(hf: Path, corpus: Corpus, prompt: str, tokens: int, seed: int) -> str:
-    """A continuation of `prompt` by the exported model, drawn at temperature 0.8.
-
-    The model never sees more tokens at once than in training: a long sample is drawn in pieces, each
-    from the half window before it.
-    """
+    """A continuation of `prompt` by the exported model, drawn at temperature 0.8."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_weights(Weights(hf=hf)).to(device)
-    half = model.config.max_position_embeddings // 2
-    ids = torch.from_numpy(corpus.tokenizer.encode(prompt).astype(np.int64))[None].to(device)
-    total = ids.shape[1] + tokens
+    tokenizer = S2MoETokenizer(corpus.tokenizer)  # after which a text goes on: a corpus' own may end it
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].long().to(device)
     torch.manual_seed(seed)
-    while (left := total - ids.shape[1]) > 0:
-        seen = ids[:, -half:]
-        drawn = model.generate(
-            seen, max_new_tokens=min(left, half), do_sample=True, temperature=0.8, top_k=0, pad_token_id=0
-        )
-        ids = torch.cat((ids, drawn[:, seen.shape[1] :]), dim=1)
+    ids = extend(model, ids, tokens, do_sample=True, temperature=0.8, top_k=0)
     return corpus.tokenizer.decode(ids[0].cpu().numpy())

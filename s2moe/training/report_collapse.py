@@ -1,6 +1,6 @@
 """`launcher/evaluate.py --report collapse`: every collapse and routing metric of a model, as JSON and as pictures.
 
-Of the weights alone: what the SMoE layers do with a probe set (training/probe.py), and bits per character at other
+Of the weights alone: what the SMoE layers do with a probe set (training/probe.py), and bits per symbol at other
 numbers of experts per token. Of the run directory they come from, where there is one: load and S2MoE's figures in
 training (metrics.jsonl), routing fluctuation (probes/). Of other runs given beside it: inter-run consistency.
 """
@@ -19,6 +19,7 @@ import torch
 
 from s2moe.config import ConfigError
 from s2moe.config.plain_yaml import read_yaml
+from s2moe.data.units import unit_of
 from s2moe.metrics.collapse import THRESHOLD
 from s2moe.metrics.consistency import inter_run_consistency
 from s2moe.metrics.fluctuation import last_fluctuation, settled
@@ -29,7 +30,8 @@ from . import metrics_log
 from .export import HF_DIRECTORY
 from .probe import LayerProbe, ProbeSet, cross_layer, probe, warnings
 from .probe_files import PROBES, Assignments, changes, read_all
-from .report_plots import draw_report
+from .report_plots import PICTURES, draw_report
+from .run_directory import report_directory, require_reportable
 from .slim import slimmability
 from .standalone import load_model_and_split, protocol_of
 from .weights import Weights
@@ -51,6 +53,7 @@ def report_collapse(options: argparse.Namespace) -> dict[str, Any]:
     out = options.out or (run / "collapse" if run is not None else None)
     if out is None:
         raise ConfigError(f"{loaded.weights.description} is not in a run directory: say where to write with --out")
+    require_reportable(out, REPORT_FILE, PICTURES)
     loads = [training_events(directory) for directory in _runs(run, options.against)]
     model, moe = loaded.model, loaded.model.config.moe_config()
     window = training_length(run) or model.config.max_position_embeddings
@@ -67,6 +70,7 @@ def report_collapse(options: argparse.Namespace) -> dict[str, Any]:
         "weights": loaded.weights.description,
         "corpus": loaded.corpus.name,
         "split": options.split,
+        "symbol": loaded.corpus.metadata.symbol,
         "settings": {
             "probe_tokens": probe_set.tokens,
             "window": window,
@@ -74,7 +78,7 @@ def report_collapse(options: argparse.Namespace) -> dict[str, Any]:
             "probe_set": probe_set.fingerprint(),
             "experts_per_token": options.experts_per_token or moe.experts_per_token,
             "num_experts": moe.num_experts,
-            "method": moe.method,
+            "method": moe.title(),
             "pseudo_inverse_threshold": THRESHOLD,
             "rbf_sigma": SIGMA,
             "load_window_steps": WINDOW,
@@ -228,9 +232,9 @@ def _layer(layer: LayerProbe) -> dict[str, Any]:
 
 def _write(out: Path, report: dict[str, Any], layers: Sequence[LayerProbe]) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / REPORT_FILE).write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        draw_report(out, report)
+        with report_directory(out, REPORT_FILE, PICTURES):
+            (out / REPORT_FILE).write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+            draw_report(out, report)
     except OSError as error:
         raise ConfigError(f"cannot write the report to {out}: {error}") from error
 
@@ -269,7 +273,8 @@ def summary(report: dict[str, Any]) -> str:
         for layer in report["layers"]
     ]
     slim = report["slimmability"]
-    lines.append("bits per symbol at k': " + ", ".join(f"{k}: {bpc:.4f}" for k, bpc in slim["bpc"].items()))
+    bits = ", ".join(f"{k}: {bpc:.4f}" for k, bpc in slim["bpc"].items())
+    lines.append(f"{unit_of(report['symbol'])} at k': {bits}")
     lines += [f"k' = {number} left out: {reason}" for number, reason in slim["left_out"].items()]
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from s2moe import drawing
+from s2moe.data.units import unit_of
+
 SIMILARITIES = {
     "router_cosine": "router rows, cosine",
     "weight_cosine": "weights, cosine",
@@ -17,14 +20,15 @@ SIMILARITIES = {
 }
 
 
+PICTURES = tuple(
+    f"{name}.png"
+    for name in ("load", "spectrum", "similarity", "coselection", "slimmability", "fluctuation", "consistency")
+)
+
+
 def draw_report(out: Path, report: dict[str, Any]) -> list[Path]:
     """Write a picture of each part that the report has; those of an earlier report go. Returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
-    drawers: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    drawers: dict[str, Callable[[dict[str, Any]], Any]] = {
         "load": _load,
         "spectrum": _spectrum,
         "similarity": _similarity,
@@ -39,14 +43,13 @@ def draw_report(out: Path, report: dict[str, Any]) -> list[Path]:
         path.unlink(missing_ok=True)
         if name in report and report[name] is None:  # what it would show is not there
             continue
-        canvas = draw(pyplot, report)
-        canvas.savefig(path, dpi=110)
-        pyplot.close(canvas)
+        canvas = draw(report)
+        drawing.save(canvas, path)
         written.append(path)
     return written
 
 
-def _load(pyplot: Any, report: dict[str, Any]) -> Any:
+def _load(report: dict[str, Any]) -> Any:
     layers = report["layers"]
     loads = [layer["load"] for layer in layers]
     panels = [("probe set", loads)]
@@ -56,12 +59,11 @@ def _load(pyplot: Any, report: dict[str, Any]) -> Any:
             (f"training, up to step {report['training']['step']}", [last[str(x["layer"])]["load"] for x in layers])
         )
     width = 2 + max(3.0, 0.25 * len(loads[0]))
-    canvas, axes = pyplot.subplots(
+    canvas, axes = drawing.subplots(
         1,
         len(panels),
         figsize=(width * len(panels), 1.4 + max(1.2, 0.3 * len(loads))),
         squeeze=False,
-        layout="constrained",
     )
     for axis, (title, rows) in zip(axes[0], panels, strict=True):
         image = axis.imshow(rows, aspect="auto", vmin=0, vmax=2, cmap="viridis", interpolation="nearest")
@@ -71,11 +73,11 @@ def _load(pyplot: Any, report: dict[str, Any]) -> Any:
     return canvas
 
 
-def _spectrum(pyplot: Any, report: dict[str, Any]) -> Any:
+def _spectrum(report: dict[str, Any]) -> Any:
     layers = report["layers"]
     numbers = [layer["layer"] for layer in layers]
-    canvas, (curves, ranks, collapse) = pyplot.subplots(1, 3, figsize=(15, 3.8), layout="constrained")
-    for layer, colour in zip(layers, _colours(pyplot, len(layers)), strict=True):
+    canvas, (curves, ranks, collapse) = drawing.subplots(1, 3, figsize=(15, 3.8))
+    for layer, colour in zip(layers, _colours(len(layers)), strict=True):
         sigma = np.array(layer["hidden_singular_values"], dtype=float)
         curves.plot(
             np.arange(1, len(sigma) + 1), sigma / sigma[0], color=colour, lw=1.2, label=f"layer {layer['layer']}"
@@ -107,15 +109,14 @@ def _spectrum(pyplot: Any, report: dict[str, Any]) -> Any:
     return canvas
 
 
-def _similarity(pyplot: Any, report: dict[str, Any]) -> Any:
+def _similarity(report: dict[str, Any]) -> Any:
     layers = report["layers"]
     names = [name for name in SIMILARITIES if name in layers[0]["matrices"]]
-    canvas, axes = pyplot.subplots(
+    canvas, axes = drawing.subplots(
         len(layers),
         len(names),
         figsize=(2.5 * len(names) + 0.8, 2.3 * len(layers) + 0.5),
         squeeze=False,
-        layout="constrained",
     )
     for row, layer in enumerate(layers):
         for column, name in enumerate(names):
@@ -136,14 +137,12 @@ def _similarity(pyplot: Any, report: dict[str, Any]) -> Any:
     return canvas
 
 
-def _coselection(pyplot: Any, report: dict[str, Any]) -> Any:
+def _coselection(report: dict[str, Any]) -> Any:
     layers, across = report["layers"], report["cross_layer"]
     panels = [(f"layer {layer['layer']}: P(column | row)", _matrix(layer, "coselection")) for layer in layers]
     columns = min(4, len(panels) + 1)
     rows = -(-(len(panels) + 1) // columns)
-    canvas, axes = pyplot.subplots(
-        rows, columns, figsize=(3.4 * columns, 3.6 * rows), squeeze=False, layout="constrained"
-    )
+    canvas, axes = drawing.subplots(rows, columns, figsize=(3.4 * columns, 3.6 * rows), squeeze=False)
     # The diagonal is 1 by definition; the colours are for the rest.
     rest = [matrix[~np.eye(len(matrix), dtype=bool)] for _, matrix in panels if len(matrix) > 1]
     highest = max([float(np.nanmax(part)) for part in rest] + [1e-3])
@@ -165,27 +164,27 @@ def _coselection(pyplot: Any, report: dict[str, Any]) -> Any:
     return canvas
 
 
-def _slimmability(pyplot: Any, report: dict[str, Any]) -> Any:
+def _slimmability(report: dict[str, Any]) -> Any:
     slim = report["slimmability"]
     numbers = [int(number) for number in slim["bpc"]]
-    canvas, axis = pyplot.subplots(figsize=(5.2, 3.8), layout="constrained")
+    canvas, axis = drawing.subplots(figsize=(5.2, 3.8))
     axis.plot(numbers, list(slim["bpc"].values()), "o-")
     axis.axvline(slim["trained"], color="grey", lw=1, ls="--", label=f"trained with k = {slim['trained']}")
     axis.set_xscale("log", base=2)
     axis.set_xticks(numbers, [str(number) for number in numbers])
     axis.set(
-        title=f"{slim['symbols']:,.0f} symbols of {report['split']}",
+        title=f"{slim['symbols']:,} {report['symbol']}s of {report['split']}",
         xlabel="experts per token k'",
-        ylabel="bits per symbol",
+        ylabel=unit_of(report["symbol"]),
     )
     axis.legend(frameon=False)
     return canvas
 
 
-def _fluctuation(pyplot: Any, report: dict[str, Any]) -> Any:
+def _fluctuation(report: dict[str, Any]) -> Any:
     data = report["fluctuation"]
-    steps, colours = data["steps"], _colours(pyplot, len(data["layers"]))
-    canvas, (changed, last) = pyplot.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    steps, colours = data["steps"], _colours(len(data["layers"]))
+    canvas, (changed, last) = drawing.subplots(1, 2, figsize=(10.5, 3.8))
     for number, layer in enumerate(data["layers"]):
         style = {"color": colours[number], "lw": 1, "ms": 3, "label": f"layer {layer}"}
         changed.plot(steps[1:], data["fluctuation_by_layer"][number], "o-", **style)  # two probes are one point
@@ -200,10 +199,10 @@ def _fluctuation(pyplot: Any, report: dict[str, Any]) -> Any:
     return canvas
 
 
-def _consistency(pyplot: Any, report: dict[str, Any]) -> Any:
+def _consistency(report: dict[str, Any]) -> Any:
     data = report["consistency"]
-    canvas, axis = pyplot.subplots(figsize=(5.8, 3.8), layout="constrained")
-    for (layer, values), colour in zip(data["by_layer"].items(), _colours(pyplot, len(data["by_layer"])), strict=True):
+    canvas, axis = drawing.subplots(figsize=(5.8, 3.8))
+    for (layer, values), colour in zip(data["by_layer"].items(), _colours(len(data["by_layer"])), strict=True):
         axis.plot(data["steps"], np.array(values, dtype=float), "o-", ms=3, color=colour, label=f"layer {layer}")
     runs = len(data["runs"])
     axis.axhline(1 / runs, color="grey", lw=1, ls="--", label="unrelated runs")
@@ -212,8 +211,8 @@ def _consistency(pyplot: Any, report: dict[str, Any]) -> Any:
     return canvas
 
 
-def _colours(pyplot: Any, count: int) -> Any:
-    return pyplot.get_cmap("viridis")(np.linspace(0, 0.9, count))
+def _colours(count: int) -> Any:
+    return drawing.colour_map("viridis")(np.linspace(0, 0.9, count))
 
 
 def _legend(axis: Any, layers: int) -> None:

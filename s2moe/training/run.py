@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from . import checkpoint as checkpoints
 from . import metrics_log
 from .agreement import changed_settings, require_same_settings, together
 from .checkpoint import Checkpoint, TrainingState, shape_of, shape_text
-from .errors import ProcessError
+from .errors import ProcessError, ending_on_full_disk
 from .export import HF_DIRECTORY
 from .figure import CURVES_FILE, draw_run
 from .hardware import peak_flops
@@ -28,8 +28,20 @@ from .processes import Processes
 from .ranks import from_first
 from .replicas import require_equal_replicas
 from .reshape import in_shape_of
-from .run_lock import locked
+from .run_directory import (
+    SETTINGS_FILE,
+    Maker,
+    claimed,
+    exported_step,
+    finished_text,
+    maker_of,
+    read_settings,
+    require_leavings,
+    require_own_model,
+    sign,
+)
 from .run_log import RunLog
+from .signals import losing
 from .timing import Timing
 from .timing_table import timing_table
 from .watchdog import Watchdog
@@ -52,6 +64,7 @@ class Result:
     hf: Path | None
     timing: str = ""  # where the time went, as a table; of the first process
     signalled: bool = False  # stopped by a signal
+    note: str = ""  # for the user, where the run had finished before and nothing was done
 
 
 def pretrain(config: RunConfig, processes: Processes) -> Result:
@@ -67,8 +80,8 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
     """Train what `open_job` opens, continuing from the newest complete checkpoint if there is one. Collective.
 
     Raises:
-        ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run, another start of it
-            goes on, or a process does not see its directory.
+        ConfigError, CorpusError: a setting, the data or the checkpoint does not allow the run, its directory holds
+            something else, another start of it goes on, or a process does not see its directory.
         TrainingError: the loss is not finite, a checkpoint cannot be written, processes have diverged.
         LostProcessError: another process is gone.
     """
@@ -80,9 +93,10 @@ def train(config: RunConfig | VisionRunConfig, processes: Processes, open_job: C
             job = open_job()
         watchdog.state = job.state
         require_same_settings(job.state, processes)
-        with locked(job.config.directory, processes):
+        claim = claimed(job.config.directory, job.kind, processes)
+        with claim, ending_on_full_disk(watchdog), losing(watchdog.loss):
             result = _train(job, processes, watchdog)
-    if result.finished and processes.is_main:
+    if result.finished and not result.note and processes.is_main:
         draw_run(result.directory)  # nobody waits for it
     return result
 
@@ -91,9 +105,15 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     config, state = job.config, job.state
     directory = config.directory
     with watchdog.phase("reading the checkpoint"):
-        latest = prepare_directory(config, state, processes, watchdog.move)
+        start = choose_start(job, processes, watchdog.move)
+        latest = start.checkpoint
+        watchdog.saved = lambda: latest.state.step if latest is not None else None
         if latest is not None:
             source = in_shape_of(latest, state, processes, watchdog.move)
+    if start.finished is not None:
+        state.step = start.finished
+        note = finished_text(directory, f"at step {state.step:,}")
+        return Result(directory, True, state, None, directory / HF_DIRECTORY, note=note)
     initial = None
     if latest is None and config.init.weights is not None:
         with together(processes):
@@ -103,7 +123,8 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     if latest is not None:
         saved = checkpoints.restore(engine, source, state)
         state.step, state.samples, state.tokens, state.seconds = saved.step, saved.samples, saved.tokens, saved.seconds
-    log = RunLog(config, directory, state.step, processes.is_main)
+    _from_main(processes, lambda: take_over(job, latest))
+    log = RunLog(config, directory, state.step, processes.is_main, job.symbol)
     if latest is not None:
         changes = changes_of_shape(config, latest.state, state, job.sample)
         log.say(f"continuing from {latest.path}, step {state.step}{changes}")
@@ -118,7 +139,9 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
         with watchdog.phase("the first evaluation"):
             job.begin(engine)
     timing = Timing(config, engine.module, processes, directory, log.say)
-    saver = checkpoints.Saver(engine, directory / "checkpoints", config.checkpoint.keep, config.checkpoint.asynchronous)
+    keep, asynchronous = config.checkpoint.keep, config.checkpoint.asynchronous
+    saver = checkpoints.Saver(engine, directory / "checkpoints", keep, asynchronous, watchdog.saved())
+    watchdog.saved = lambda: saver.saved
     scores: dict[int, Any] = {}
 
     def validate(step: int) -> None:
@@ -128,8 +151,10 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
 
     def save() -> None:
         with watchdog.phase("checkpoint"):
-            require_equal_replicas(engine.module, state)
+            require_equal_replicas(engine.module, state, saver.saved)
             saver.save(state)
+            if state.step == config.training.steps:
+                saver.settle(wait=True)
 
     loop = TrainingLoop(
         config,
@@ -143,6 +168,7 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
         probe=job.prober(engine, processes, log),
         save=save,
         settle=saver.settle,
+        remains=watchdog.remains,
         flops_per_unit=job.flops_per_unit,
         peak_flops=peak_flops(processes.device, config.training.precision),
     )
@@ -151,6 +177,8 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
             finished = loop.run()
         with watchdog.phase("checkpoint"):
             saver.settle(wait=True)
+        if finished and state.step not in scores:  # an earlier start ended between its last checkpoint and this
+            validate(state.step)
     except CorpusError as error:  # of this process alone, perhaps
         raise ProcessError(f"training stopped after step {state.step}: {error}") from error
     finally:
@@ -159,26 +187,29 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
     table = timing_table(metrics_log.read(directory / "metrics.jsonl"), timing.occasions) if processes.is_main else ""
     if not finished:
         return Result(directory, False, state, None, None, table, loop.signalled)
-    score = scores[state.step] if state.step in scores else job.validate(engine, full=True)
     with watchdog.phase("export"):
         hf = job.export(engine, state.step)
-    return Result(directory, True, state, score, hf, table)
+    return Result(directory, True, state, scores[state.step], hf, table)
 
 
-def prepare_directory(
-    config: RunConfig | VisionRunConfig,
-    state: TrainingState,
-    processes: Processes,
-    progress: Callable[[], None] = lambda: None,
-) -> Checkpoint | None:
-    """Clean up after an earlier process, choose the checkpoint to continue from, write config.yaml. Collective.
+@dataclass(frozen=True)
+class Start:
+    """The `checkpoint` to continue from; or the step that a run is `finished` at, of which no checkpoint is left."""
+
+    checkpoint: Checkpoint | None = None
+    finished: int | None = None
+
+
+def choose_start(job: Job, processes: Processes, progress: Callable[[], None] = lambda: None) -> Start:
+    """Choose the checkpoint to continue from, if there is one; half-written ones go, nothing else. Collective.
 
     A checkpoint whose files have not the checksums that were written is passed over, like one without all its files.
 
     Raises:
-        ConfigError: `checkpoint.resume` forbids or demands a checkpoint, all are damaged, or the newest one is of
-            another run or beyond `training.steps`.
+        ConfigError: `checkpoint.resume` forbids or demands a checkpoint, all are damaged, the newest one is of
+            another run or beyond `training.steps`, or beginning anew would replace what this run did not make.
     """
+    config, state = job.config, job.state
     folder, damaged = config.directory / "checkpoints", set[Path]()
     if processes.is_main:
         checkpoints.remove_temporary(folder)
@@ -194,8 +225,10 @@ def prepare_directory(
             damaged.add(latest.path)
     if latest is not None and latest.digests is None:
         _warn(f"{latest.path} is older than checksums: only the sizes of its files were checked", processes)
-    _from_main(processes, lambda: _prepare(config, state, latest))
-    return latest
+    if latest is None:
+        return Start(finished=_from_main(processes, lambda: _finished_before(job)))
+    _from_main(processes, lambda: _require_continuable(config, state, latest))
+    return Start(latest)
 
 
 def _from_main(processes: Processes, work: Callable[[], Any]) -> Any:
@@ -206,6 +239,8 @@ def _from_main(processes: Processes, work: Callable[[], Any]) -> Any:
             answer = work()
         except ConfigError as error:
             answer = error
+        except OSError as error:
+            answer = ConfigError(str(error))
     answer = from_first(answer)
     if isinstance(answer, ConfigError):
         raise answer
@@ -235,25 +270,57 @@ def _choose(config: RunConfig | VisionRunConfig, folder: Path, damaged: set[Path
     return latest
 
 
-def _prepare(config: RunConfig | VisionRunConfig, state: TrainingState, latest: Checkpoint | None) -> None:
-    directory = config.directory
+def _require_continuable(config: RunConfig | VisionRunConfig, state: TrainingState, latest: Checkpoint) -> None:
+    checkpoints.require_same(latest, state)
+    assert config.training.steps is not None
+    if latest.state.step > config.training.steps:
+        raise ConfigError(
+            f"training.steps: {latest.path} is beyond it, got {config.training.steps}: "
+            f"ask for at least {latest.state.step} steps, or start a new run with another name=..."
+        )
+    require_own_model(config.directory, config.name)
+
+
+def _finished_before(job: Job) -> int | None:
+    """The step of the finished run of which no checkpoint is left, or None where the run may begin.
+
+    Raises:
+        ConfigError: neither: what is there is another run's, or is to go on, for which there is no checkpoint.
+    """
+    config, now = job.config, job.state
+    directory, hf = config.directory, config.directory / HF_DIRECTORY
+    step = exported_step(hf)
+    if step is None or maker_of(directory) != Maker(job.kind, config.name):
+        require_leavings(directory, job.kind, config.name)
+        return None
+    before = read_settings(directory)
+    precision = before.get("training", {}).get("precision", "")
+    made = replace(now, step=step, seed=before.get("seed", 0), precision=precision, config=before)
+    checkpoints.require_same(Checkpoint(hf, made), now)
+    assert config.training.steps is not None
+    if step < config.training.steps:
+        raise ConfigError(
+            f"{hf} is of step {step:,}, and no checkpoint is left to continue from to step "
+            f"{config.training.steps:,}: choose another name=... (with init.weights={hf} to begin with its weights), "
+            f"or remove {directory} to start anew"
+        )
+    return step
+
+
+def take_over(job: Job, latest: Checkpoint | None) -> None:
+    """Say whose the directory is, and remove what an earlier start left that this one makes anew."""
+    directory = job.config.directory
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        sign(directory, job.kind, job.config.name)
         if latest is not None:
-            checkpoints.require_same(latest, state)
-            assert config.training.steps is not None
-            if latest.state.step > config.training.steps:
-                raise ConfigError(
-                    f"training.steps: {latest.path} is beyond it, got {config.training.steps}: "
-                    f"ask for at least {latest.state.step} steps, or start a new run with another name=..."
-                )
             remove_after(directory / PROBES, latest.state.step)
         else:  # nothing of an earlier attempt counts
             for name in ("tensorboard", HF_DIRECTORY, PROBES):
                 shutil.rmtree(directory / name, ignore_errors=True)
             (directory / CURVES_FILE).unlink(missing_ok=True)
         checkpoints.remove_universal(directory / "checkpoints", but=latest)
-        (directory / "config.yaml").write_text(to_yaml(state.config), encoding="utf-8")
+        (directory / SETTINGS_FILE).write_text(to_yaml(job.state.config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the run directory {directory}: {error}") from error
 

@@ -24,12 +24,14 @@ from pathlib import Path
 from s2moe.config.options import ConfigError
 
 from .agreement import together
+from .environment import number
 from .processes import Processes
 from .ranks import from_first
 
 LOCK_FILE = "run.lock"
 SEEN_SECONDS = 5.0  # for a network file system to show what another machine wrote
 POLL_SECONDS = 0.1
+CONTINUE = "Wait until that ends or stop it, and start again to continue; or choose another name=... for this run"
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)  # by another process; anything else: there are no locks here
 _descriptors: set[int] = set()  # of the locks of this process
 
@@ -41,7 +43,7 @@ class Owner:
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     job: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
-    restart: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+    restart: int = field(default_factory=lambda: number(os.environ, "SLURM_RESTART_COUNT", 0))
     since: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(" ", "seconds"))
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -66,7 +68,8 @@ def locked(directory: Path, processes: Processes) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with together(processes):
-            owner = stack.enter_context(_lock(directory)) if processes.is_main else None
+            use = f"{directory} is in use by another start of this run", CONTINUE
+            owner = stack.enter_context(locked_alone(directory, *use)) if processes.is_main else None
         if processes.world_size > 1:
             holder, there = from_first((owner, directory.resolve()))
             assert holder is not None
@@ -76,13 +79,24 @@ def locked(directory: Path, processes: Processes) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[Owner]:
+def locked_alone(directory: Path, used: str, remedy: str) -> Iterator[Owner]:
+    """Within it, this process holds the lock of a directory, which is made for it where there is none.
+
+    Args:
+        used: for the user, where another process holds it: what it does there.
+        remedy: and what to do.
+
+    Raises:
+        ConfigError: another process holds it, or the directory cannot be written.
+    """
     path, owner, made = directory / LOCK_FILE, Owner(), not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, owner)
+        descriptor = _acquire(path, owner, used, remedy)
     except OSError as error:
-        raise ConfigError(f"cannot write the run directory {directory}: {error}") from error
+        if made:
+            _remove_empty(directory)
+        raise ConfigError(f"cannot write the directory {directory}: {error}") from error
     _descriptors.add(descriptor)
     try:
         yield owner
@@ -93,16 +107,20 @@ def _lock(directory: Path) -> Iterator[Owner]:
         _descriptors.discard(descriptor)
         os.close(descriptor)
         if made:
-            with contextlib.suppress(OSError):  # there are results in it
-                directory.rmdir()
+            _remove_empty(directory)
 
 
-def _acquire(path: Path, owner: Owner) -> int:
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # there are results in it
+        directory.rmdir()
+
+
+def _acquire(path: Path, owner: Owner, used: str, remedy: str) -> int:
     """The open file, locked, with its owner in it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _flock(descriptor, path, owner)
+            _flock(descriptor, path, owner, used, remedy)
             if _is_file(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(asdict(owner)).encode(), 0)
@@ -114,7 +132,7 @@ def _acquire(path: Path, owner: Owner) -> int:
         os.close(descriptor)  # its owner has just removed it: lock the one that is there now
 
 
-def _flock(descriptor: int, path: Path, owner: Owner) -> None:
+def _flock(descriptor: int, path: Path, owner: Owner, used: str, remedy: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -131,9 +149,7 @@ def _flock(descriptor: int, path: Path, owner: Owner) -> None:
             path.unlink(missing_ok=True)
         else:
             raise ConfigError(
-                f"{path.parent} is in use by another start of this run: {holder.text if holder else 'unnamed'}. "
-                "Wait until that ends or stop it, and start again to continue; or choose another name=... for this "
-                f"run. If its machine is gone, remove {path}"
+                f"{used}: {holder.text if holder else 'unnamed'}. {remedy}. If its machine is gone, remove {path}"
             ) from error
 
 

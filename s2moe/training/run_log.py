@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,19 @@ from .tensorboard import TensorBoard
 
 
 class RunLog:
-    """The log of a run that continues from `step`. On processes other than 0 every method does nothing."""
+    """The log of a run that continues from `step`. On processes other than 0 every method does nothing.
 
-    def __init__(self, config: Run, directory: Path, step: int, is_main: bool) -> None:
+    Args:
+        symbol: what figures per symbol are divided by; empty where there are none.
+    """
+
+    def __init__(self, config: Run, directory: Path, step: int, is_main: bool, symbol: str = "") -> None:
+        evaluation: Any = getattr(config, "evaluation", None)
+        self._symbol, self._part = symbol, getattr(evaluation, "max_symbols", None)
         self._images_every = config.logging.images_every
         self._images_at = step
         self._metrics = MetricsLog(directory / "metrics.jsonl", step) if is_main else None
-        self._console = Console(config.training.steps, step) if is_main else None
+        self._console = Console(config.training.steps, step, symbol=symbol) if is_main else None
         self._tensorboard = None
         if is_main and config.logging.tensorboard:
             self._tensorboard = TensorBoard(directory / "tensorboard", step)
@@ -42,9 +49,15 @@ class RunLog:
             self._tensorboard.loads(step, layers)
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
-        """A log event of a validation."""
-        self._write(step, values)
-        self.say(f"step {step}: {format_figures(values)}")
+        """A log event of a validation; written once, also where a start repeats the last one of an earlier start.
+
+        The closing one, of the whole split, has tags of its own in TensorBoard, where the curve of those of a part of
+        the split would jump.
+        """
+        is_closing = self._part is not None and values.get("val/symbols", 0) > self._part
+        if self._metrics is not None and not self._metrics.has(step, values):
+            self._write(step, values, rename=(("val/", "val_whole/") if is_closing else ("", "")))
+        self.say(f"step {step}: {format_figures(values, self._symbol)}{', of the whole split' if is_closing else ''}")
 
     def probe(self, step: int, values: dict[str, Any], matrices: Mapping[str, Sequence[Sequence[float]]]) -> None:
         """A log event of a probe: its figures, and matrices as pictures for TensorBoard alone."""
@@ -58,10 +71,11 @@ class RunLog:
             self._console.say(text)
 
     def close(self) -> None:
-        """Flush and close everything."""
-        for sink in (self._metrics, self._tensorboard, self._console):
-            if sink is not None:
-                sink.close()
+        """Flush and close everything; where one cannot be, the others all the same."""
+        with contextlib.ExitStack() as stack:
+            for sink in (self._metrics, self._tensorboard, self._console):
+                if sink is not None:
+                    stack.callback(sink.close)
 
     def _images_due(self, step: int) -> bool:
         """Whether a multiple of `images_every` was passed since the last pictures."""
@@ -70,11 +84,12 @@ class RunLog:
             self._images_at = step
         return due
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _write(self, step: int, values: dict[str, Any], rename: tuple[str, str] = ("", "")) -> None:
+        """To both files; TensorBoard's tags may begin otherwise."""
         if self._metrics is not None:
             self._metrics.write(step, values)
         if self._tensorboard is not None:
-            self._tensorboard.scalars(step, values)
+            self._tensorboard.scalars(step, {key.replace(*rename, 1): value for key, value in values.items()})
 
 
 def layer_figures(layers: Sequence[LayerTotals]) -> dict[str, Any]:

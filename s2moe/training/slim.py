@@ -1,6 +1,6 @@
 """One model, fewer or more experts per token than trained: what it costs and what it predicts.
 
-`launcher/compare.py slim` measures bits per character, counts multiply-accumulates by each convention
+`launcher/compare.py slim` measures bits per symbol, counts multiply-accumulates by each convention
 (models/macs.py), and times forward passes, all k' of all checkpoints in turns.
 
 Legend: B sequences, S tokens of each.
@@ -25,12 +25,14 @@ from s2moe.models.macs import conventions, inference_macs, mean_positions
 
 from .evaluation import Protocol, evaluate
 from .hardware import device_name
-from .slim_report import write_report
+from .run_directory import require_reportable
+from .slim_report import FILES, write_report
 from .standalone import Loaded, load_model_and_split, protocol_of
 from .stopwatch import Timing, stopwatch, take_turns
 
 WARM_UP = 2  # rounds of forward passes before any is timed
 OUT = "slim"  # in a run's directory
+SETTINGS = ("name", "context", "segment", "attention_window")  # of the protocol, as a report has them
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def compare_slim(options: argparse.Namespace) -> dict[str, Any]:
         ConfigError, CorpusError: something is missing, does not fit together or makes no sense.
     """
     out = options.out or default_out(options.checkpoint)
+    require_reportable(out, *FILES)
     labels = distinct_labels(options.checkpoint)
     scored = []
     for label, path in tqdm(list(zip(labels, options.checkpoint, strict=True)), desc="checkpoints", **_bar(labels)):
@@ -88,9 +91,9 @@ def compare_slim(options: argparse.Namespace) -> dict[str, Any]:
     report = {
         "corpus": corpus.name,
         "split": options.split,
-        "symbol": "character" if corpus.metadata.symbol == "byte" else corpus.metadata.symbol,
+        "symbol": corpus.metadata.symbol,
         "symbols": first.scores["symbols"],
-        "protocol": {name: first.scores[name] for name in ("name", "context", "segment", "attention_window")},
+        "protocol": {name: first.scores[name] for name in SETTINGS},
         "conventions": conventions(options.memory),
         "hardware": hardware(first.loaded.device),
         "checkpoints": [measured(one, times, first, options) for one in scored],
@@ -99,7 +102,7 @@ def compare_slim(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def score(label: str, loaded: Loaded, options: argparse.Namespace) -> Scored:
-    """Bits per character of one checkpoint's k'.
+    """Bits per symbol of one checkpoint's k'.
 
     Raises:
         ConfigError: it has no SMoE layer, or can only do what it was trained for.
@@ -146,7 +149,7 @@ def measured(one: Scored, times: dict[str, list[float]], first: Scored, options:
     return {
         "label": one.label,
         "weights": one.loaded.weights.description,
-        "method": moe.method,
+        "method": moe.title(),
         "trained": trained,
         "num_experts": moe.num_experts,
         "left_out": one.scores["left_out"],
@@ -162,11 +165,11 @@ def ratio(times: Sequence[float], others: Sequence[float]) -> float:
 
 
 def slimmability(loaded: Loaded, choices: Sequence[int], protocol: Protocol, trained: int) -> dict[str, Any]:
-    """Bits per character at k' experts per token, of the same weights.
+    """Bits per symbol at k' experts per token, of the same weights.
 
     Some routers know only some k': those are left out, with the router's reason.
     """
-    bpc, left_out, symbols = {}, {}, 0.0
+    bpc, left_out, symbols = {}, {}, 0
     experts = loaded.model.config.moe_config().num_experts
     numbers = sorted({*choices, trained})
     for number in tqdm(numbers, desc="experts per token", **_bar(numbers)):
@@ -182,9 +185,7 @@ def slimmability(loaded: Loaded, choices: Sequence[int], protocol: Protocol, tra
             left_out[str(number)] = str(error)
             continue
         bpc[str(number)], symbols = score.bits_per_symbol, score.symbols
-    return {"bpc": bpc, "trained": trained, "left_out": left_out, "symbols": symbols} | {
-        name: getattr(protocol, name) for name in ("name", "context", "segment", "attention_window")
-    }
+    return {"bpc": bpc, "trained": trained, "left_out": left_out, "symbols": symbols} | protocol.settings()
 
 
 def latency_batch(loaded: Loaded, sequences: int, length: int) -> Tensor:
@@ -201,7 +202,7 @@ def latency_batch(loaded: Loaded, sequences: int, length: int) -> Tensor:
             f"{sequences} sequences of {length} tokens are to be timed, and {loaded.stream.name} has "
             f"{len(loaded.stream):,} tokens: give a smaller --latency-batch or --latency-tokens"
         )
-    tokens = np.asarray(loaded.stream.tokens[: sequences * length]).astype(np.int64)
+    tokens = np.asarray(loaded.stream[: sequences * length]).astype(np.int64)
     return torch.from_numpy(tokens).view(sequences, length).to(loaded.device)
 
 

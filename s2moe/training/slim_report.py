@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from s2moe import drawing
 from s2moe.config import ConfigError
+from s2moe.data.units import unit_of
+
+from .run_directory import report_directory
 
 REPORT_FILE, TABLE_FILE, FIGURE_FILE = "slim.json", "slim.md", "slim.png"
+FILES = (REPORT_FILE, (TABLE_FILE, FIGURE_FILE))
 
 
 def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
@@ -19,10 +24,10 @@ def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
     """
     paths = [out / name for name in (REPORT_FILE, TABLE_FILE, FIGURE_FILE)]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        paths[0].write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        paths[1].write_text(table(report), encoding="utf-8")
-        draw(paths[2], report)
+        with report_directory(out, *FILES):
+            paths[0].write_text(json.dumps(report, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+            paths[1].write_text(table(report), encoding="utf-8")
+            draw(paths[2], report)
     except OSError as error:
         raise ConfigError(f"cannot write the report to {out}: {error}") from error
     return paths
@@ -33,7 +38,7 @@ def table(report: dict[str, Any]) -> str:
     names = list(report["conventions"])
     compared = comparable(report)
     lines = [
-        f"| checkpoint | k' | bits per {report['symbol']} | "
+        f"| checkpoint | k' | {unit_of(report['symbol'])} | "
         + " | ".join(f"MACs, {name} (M)" for name in names)
         + " | latency, ms | × trained |"
         + (f" × {report['checkpoints'][0]['label']} |" if compared else ""),
@@ -63,8 +68,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     first, hardware, protocol = report["checkpoints"][0], report["hardware"], report["protocol"]
     repeats = first["points"][0]["repeats"]
     lines = [
-        f"Bits per {report['symbol']} of {report['split']} of {report['corpus']}, {report['symbols']:,.0f} "
-        f"{report['symbol']}s, protocol {protocol['name']}. Bold: the k trained with, to which ratios refer.",
+        f"{unit_of(report['symbol']).capitalize()} of {report['split']} of {report['corpus']}, "
+        f"{report['symbols']:,} {report['symbol']}s, protocol {protocol['name']}. Bold: the k trained with, to which "
+        "ratios refer.",
         f"MACs: multiply-accumulates of one token, millions, attending to half of {first['latency_tokens']} positions "
         "on average, and their ratio. " + "; ".join(f"{name}: {text}" for name, text in report["conventions"].items()),
         f"Latency: one forward pass of {first['latency_batch']} x {first['latency_tokens']} tokens, median and "
@@ -84,12 +90,7 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def draw(path: Path, report: dict[str, Any]) -> None:
     """Bits per symbol against multiply-accumulates and against latency, a curve a checkpoint."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
-    canvas, (macs, latency) = pyplot.subplots(1, 2, figsize=(10.5, 4), sharey=True, layout="constrained")
+    canvas, (macs, latency) = drawing.subplots(1, 2, figsize=(10.5, 4), sharey=True)
     for checkpoint in report["checkpoints"]:
         points = checkpoint["points"]
         bits = [point["bpc"] for point in points]
@@ -109,9 +110,8 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                     fontsize=8,
                 )
     first = report["checkpoints"][0]
-    macs.set(xlabel="multiply-accumulates of a token, millions (whole model)", ylabel=f"bits per {report['symbol']}")
+    macs.set(xlabel="multiply-accumulates of a token, millions (whole model)", ylabel=unit_of(report["symbol"]))
     latency.set(xlabel=f"ms, forward of {first['latency_batch']} x {first['latency_tokens']} tokens")
     macs.set_title("numbers: experts per token k'; circle: as trained", fontsize=9)
     macs.legend(frameon=False)
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)

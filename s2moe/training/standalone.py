@@ -17,8 +17,9 @@ from s2moe.models import S2MoEForCausalLM
 
 from .checkpoint import Checkpoint, find_latest, verify
 from .evaluation import Protocol, evaluate
-from .export import HF_DIRECTORY, require_replaceable, write_hf
+from .export import HF_DIRECTORY, write_hf
 from .reshape import reshape
+from .run_directory import new_model
 from .weights import Weights, checkpoint_config, checkpoint_state, find_weights, load_weights
 
 NEWLINE = 10
@@ -41,7 +42,7 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
     corruption = None
     if contaminated is not None:
         attacked = evaluate(model, stream, corpus.metadata.vocab_size, protocol, loaded.device, contaminated)
-        read = slice(protocol.max_symbols)
+        read = slice(protocol.tokens_of(stream))
         corruption = {
             "kind": options.corrupt,
             "rate": options.rate,
@@ -56,12 +57,12 @@ def evaluate_weights(options: argparse.Namespace) -> dict[str, Any]:
         "nats_per_token": score.nats / score.tokens,
         "perplexity": score.perplexity,
         "symbols": score.symbols,
-        "symbol": "character" if corpus.metadata.symbol == "byte" else corpus.metadata.symbol,
+        "symbol": corpus.metadata.symbol,
         "corpus": corpus.name,
         "split": options.split,
         "protocol": options.protocol,
-        "context": options.context if options.protocol == "sliding" else None,
-        "segment": options.segment if options.protocol == "sliding" else None,
+        "context": protocol.settings()["context"],
+        "segment": protocol.settings()["segment"],
         "attention_window": protocol.attention_window,
         "newlines_dropped": options.drop_newlines,
         "experts_per_token": options.experts_per_token or model.config.moe_config().experts_per_token,
@@ -78,7 +79,7 @@ def contaminate(options: argparse.Namespace, corpus: Corpus, stream: TokenStream
     """
     if options.corrupt is None:
         return None
-    return corrupt(stream.tokens, corpus.tokenizer, options.corrupt, options.rate, options.corrupt_seed)
+    return corrupt(stream[:], corpus.tokenizer, options.corrupt, options.rate, options.corrupt_seed)
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,18 @@ def find_device(name: str | None) -> torch.device:
     Raises:
         ConfigError: there is none of this name.
     """
+    choices = "give cpu or cuda"
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         device = torch.device(name or ("cuda" if gpus else "cpu"))
-        known = device.type in ("cpu", "cuda")
     except RuntimeError:
-        known = False
-    if not known:
-        raise ConfigError(f"--device: unknown device {name!r}: give cpu or cuda")
+        raise ConfigError(f"--device: unknown device {name!r}: {choices}") from None
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ConfigError(f"--device {name}: this machine has {gpus} GPUs that PyTorch can use: give --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # meta holds no numbers, others are not built in or not there: errors of any kind
+        raise ConfigError(f"--device {name}: PyTorch cannot compute on it here: {choices}") from error
     return device
 
 
@@ -160,7 +163,7 @@ def without_newlines(corpus: Corpus, stream: TokenStream) -> TokenStream:
     """The stream of a byte corpus without its newlines."""
     if corpus.metadata.symbol != "byte" or corpus.metadata.vocab_size != 256:
         raise ConfigError(f"--drop-newlines is for corpora of raw bytes; {corpus.name} is not one")
-    tokens = np.asarray(stream.tokens)
+    tokens = np.asarray(stream[:])
     kept = tokens[tokens != NEWLINE]
     return TokenStream(stream.name, kept, len(kept))
 
@@ -192,9 +195,9 @@ def export_checkpoint(source: Path, target: Path | None, data: Path | None) -> P
     checkpoint = _checkpoint_of(source)
     run_directory = checkpoint.path.parent.parent
     target = target or run_directory / HF_DIRECTORY
-    require_replaceable(target)
-    corpus = Corpus.open(data or checkpoint.state.config["data"]["dir"])
-    origin = {"run": run_directory.name, "step": checkpoint.state.step}
-    config, weights = checkpoint_config(checkpoint), checkpoint_state(checkpoint)
-    write_hf(config, weights, target, corpus.tokenizer, origin, run_directory)
+    with new_model(target, run_directory.name, run_directory, checkpoint.state.step):
+        corpus = Corpus.open(data or checkpoint.state.config["data"]["dir"])
+        origin = {"run": run_directory.name, "step": checkpoint.state.step}
+        config, weights = checkpoint_config(checkpoint), checkpoint_state(checkpoint)
+        write_hf(config, weights, target, corpus.tokenizer, origin, run_directory)
     return target

@@ -23,16 +23,15 @@ from types import FrameType
 
 from .elastic import Shape
 from .errors import LOST
-from .signals import STOPPED
+from .signals import INTERRUPTED, STOPPED, TERMINAL_SIGNALS
 
-INTERRUPTED = 130  # by Ctrl-C
 FINAL = {  # statuses after which starting again would not help, or was not asked for; the gravest first
     2: "a setting or the data is wrong, see above",
     3: "the run itself failed, see above",
     STOPPED: "a signal asked it to stop, and it saved a checkpoint",
     INTERRUPTED: "interrupted",
 }
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # each is a request to stop
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, *TERMINAL_SIGNALS)  # each is a request to stop
 POLL_SECONDS = 0.1
 LONGEST_PAUSE = 30.0
 _PR_SET_PDEATHSIG = 1  # prctl.h
@@ -216,7 +215,7 @@ class Supervisor:
     def _forwarding(self) -> Iterator[None]:
         """Within it, signals to us reach the processes, which may save a checkpoint, and end the run.
 
-        Those that were blocked arrive at its beginning.
+        Those that were blocked arrive at its beginning; those that are ignored, as under nohup, stay so.
         """
 
         def forward(number: int, _: FrameType | None) -> None:
@@ -224,7 +223,8 @@ class Supervisor:
             for process in self._running.values():
                 process.send_signal(number)
 
-        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        heard = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, forward) for number in heard}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         try:
             yield

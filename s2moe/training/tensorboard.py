@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from s2moe.disk import naming
+
 from .routing_totals import LayerTotals
 
 CELL = 16  # pixels of one expert in the heat-map
@@ -21,30 +23,35 @@ class TensorBoard:
     def __init__(self, directory: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._directory = directory
         self._writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Every number of an event."""
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(name, value, step)
+        with naming(self._directory):
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
 
     def loads(self, step: int, layers: Sequence[LayerTotals]) -> None:
         """Load histogram of each layer and one picture of all of them, layers downwards, experts across."""
-        for layer in layers:
-            self._writer.add_histogram(f"load/layer_{layer.layer}", np.array(layer.load_E), step)
-        if layers:
-            picture = heat_map([layer.load_E for layer in layers])
-            self._writer.add_image("load/heat_map", picture, step, dataformats="HWC")
+        with naming(self._directory):
+            for layer in layers:
+                self._writer.add_histogram(f"load/layer_{layer.layer}", np.array(layer.load_E), step)
+            if layers:
+                picture = heat_map([layer.load_E for layer in layers])
+                self._writer.add_image("load/heat_map", picture, step, dataformats="HWC")
 
     def matrices(self, step: int, matrices: Mapping[str, Sequence[Sequence[float]]]) -> None:
         """A picture of each matrix by its name: cosines from -1 to 1, all others from 0 to 1."""
-        for name, matrix in matrices.items():
-            picture = heat_map(matrix, -1.0 if name.endswith("cosine") else 0.0, 1.0)
-            self._writer.add_image(name, picture, step, dataformats="HWC")
+        with naming(self._directory):
+            for name, matrix in matrices.items():
+                picture = heat_map(matrix, -1.0 if name.endswith("cosine") else 0.0, 1.0)
+                self._writer.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._directory):
+            self._writer.close()
 
 
 def heat_map(values: Sequence[Sequence[float]], low_end: float = 0.0, high_end: float = 2.0) -> NDArray[np.uint8]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from s2moe import drawing
 from s2moe.data.images import ImageSet, batch_in_order
 from s2moe.metrics.latent import active_experts, linear_partition, linear_probe, purity
 from s2moe.metrics.selection import entropy_bits, mutual_information_bits
@@ -136,55 +137,48 @@ def draw(
     model: VAEModel, data: ImageSet, latents: Latents, report: dict[str, Any], directory: Path, seed: int = 0
 ) -> list[Path]:
     """Write the pictures and return their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
     paths = []
     canvases = {
-        "tsne": _tsne(pyplot, latents, data.classes, seed),
-        "reconstructions": _reconstructions(pyplot, model, data, latents, report["experts"]["numbers"], seed),
-        "selection": _selection(pyplot, report, data.classes),
+        "tsne": _tsne(latents, data.classes, seed),
+        "reconstructions": _reconstructions(model, data, latents, report["experts"]["numbers"], seed),
+        "selection": _selection(report, data.classes),
     }
     for name, canvas in canvases.items():
         path = directory / f"{name}.png"
-        canvas.savefig(path, dpi=110)
-        pyplot.close(canvas)
+        drawing.save(canvas, path)
         paths.append(path)
     return paths
 
 
-def _tsne(pyplot: Any, latents: Latents, classes: tuple[str, ...], seed: int) -> Any:
+def _tsne(latents: Latents, classes: tuple[str, ...], seed: int) -> Any:
     from sklearn.manifold import TSNE
 
     chosen = np.random.default_rng(seed).permutation(len(latents.z_NZ))[:TSNE_POINTS]
     perplexity = min(30, (len(chosen) - 1) / 3)
     point_N2 = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(latents.z_NZ[chosen])
-    canvas, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    canvas, axes = drawing.subplots(1, 2, figsize=(13, 6))
     experts = np.unique(latents.expert_N[chosen])
     panels = (
         ("expert", latents.expert_N[chosen], {int(i): str(i) for i in experts}),
         ("class", latents.label_N[chosen], dict(enumerate(classes))),
     )
     for axis, (title, group_N, names) in zip(axes, panels, strict=True):
-        colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "turbo", len(names))
-        for place, (group, name) in enumerate(names.items()):
+        name = "tab10" if len(names) <= 10 else "tab20" if len(names) <= 20 else "turbo"
+        colours = drawing.colour_map(name).resampled(len(names))
+        for place, (group, label) in enumerate(names.items()):
             of = group_N == group
-            axis.scatter(*point_N2[of].T, s=5, color=colours(place), label=name)
+            axis.scatter(*point_N2[of].T, s=5, color=colours(place), label=label)
         axis.set(title=f"latent features of test images, by {title}", xticks=[], yticks=[])
         axis.legend(frameon=False, markerscale=3, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), title=title)
     return canvas
 
 
 @torch.no_grad()
-def _reconstructions(
-    pyplot: Any, model: VAEModel, data: ImageSet, latents: Latents, active: list[int], seed: int
-) -> Any:
+def _reconstructions(model: VAEModel, data: ImageSet, latents: Latents, active: list[int], seed: int) -> Any:
     """For each of the most used experts some of its images, above what it makes of their (kept) latent features."""
     counts_E = np.bincount(latents.expert_N, minlength=model.config.num_experts)
     shown = sorted(active, key=lambda expert: -counts_E[expert])[:SHOWN_EXPERTS]
-    canvas, axes = pyplot.subplots(len(shown), 1, figsize=(SHOWN_IMAGES, 2.1 * len(shown)), squeeze=False)
+    canvas, axes = drawing.subplots(len(shown), 1, figsize=(SHOWN_IMAGES, 2.1 * len(shown)), layout=None, squeeze=False)
     for axis, expert in zip(axes[:, 0], shown, strict=True):
         (own,) = np.nonzero(latents.expert_N == expert)
         own = np.sort(np.random.default_rng(seed).permutation(own)[:SHOWN_IMAGES])
@@ -200,8 +194,8 @@ def _reconstructions(
     return canvas
 
 
-def _selection(pyplot: Any, report: dict[str, Any], classes: tuple[str, ...]) -> Any:
+def _selection(report: dict[str, Any], classes: tuple[str, ...]) -> Any:
     bits, experts = report["bits"]["information"], report["experts"]
     counts = np.asarray(report["selection"])[experts["numbers"]]
     title = f"{experts['active']} of {experts['configured']} experts active, I(E; Y) {bits:.2f} bits"
-    return selection(pyplot, counts, experts["numbers"], classes, title)
+    return selection(counts, experts["numbers"], classes, title)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2moe.config import to_dict
+from s2moe.config import ConfigError, to_dict
 from s2moe.config.vision import VisionRunConfig
 from s2moe.data import microbatch_start
 from s2moe.data.images import EpochSampler, ImageSet
 from s2moe.metrics.specialisation import pes_weights
-from s2moe.models.vision import VISION_KINDS, MixtureConfig, VisionConfig
+from s2moe.models.vision import VISION_KINDS, MixtureConfig, VisionConfig, VMoEConfig
 from s2moe.moe.freezing import freeze_named
 from s2moe.parallel import deepspeed_compat
 from s2moe.parallel.batch_norm import synchronise_batch_norms
@@ -32,6 +32,7 @@ from .image_evaluation import ImageScore, evaluate_images
 from .job import Job
 from .processes import Processes
 from .run import Result, train
+from .run_directory import VISION
 from .run_log import RunLog
 from .vision_initial import VisionWeights
 
@@ -75,7 +76,7 @@ class ImageFeed(Feed):
             values["error"] = (output.logits.detach().argmax(-1) != inputs["labels"]).float().mean()
         return values
 
-    def figures(self, state: TrainingState, task_loss: float) -> dict[str, float]:
+    def figures(self, state: TrainingState, means: Mapping[str, float]) -> dict[str, float]:
         return {"epoch": state.samples / len(self._sampler)}
 
 
@@ -93,6 +94,7 @@ class VisionJob(Job):
         ConfigError, CorpusError: a setting or the data does not allow it.
     """
 
+    kind = VISION
     config: VisionRunConfig
     sample = "images"
 
@@ -100,6 +102,11 @@ class VisionJob(Job):
         self._images = images = config.open_images()
         self.config = config = config.for_images(len(images.train))
         self.model_config = config.model_config(images)
+        if isinstance(self.model_config, VMoEConfig):
+            try:
+                self.model_config.check_micro_batch(config.micro_batch(processes.world_size))
+            except ValueError as error:
+                raise ConfigError(f"model.moe: {error}") from error
         self._processes = processes
         self.feed = ImageFeed(config, processes, images)
         self.state = TrainingState(
@@ -177,7 +184,7 @@ class VisionJob(Job):
             with torch.device("meta"):
                 model = build_model(self.config, self.model_config, parallel=False)
             origin = {"run": directory.name, "step": step, "images": self._images.name}
-            write_model(model, state, directory / HF_DIRECTORY, origin)
+            write_model(model, state, directory / HF_DIRECTORY, origin, run_directory=directory)
         if dist.is_initialized():
             dist.barrier()
         return directory / HF_DIRECTORY

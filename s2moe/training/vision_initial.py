@@ -7,7 +7,6 @@ mixture distilled into one that can leave experts out. Each stage is a run that 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 
 from s2moe.config.options import ConfigError
 from s2moe.config.vision import VisionRunConfig
+from s2moe.hub.reading import read_model, require_config
+from s2moe.hub.weight_files import WeightFiles
 from s2moe.models.vision import VISION_KINDS, MixtureConfig, MixtureModel, VisionConfig, VisionModel
 from s2moe.models.vision.mixture_stages import SHAPE, distil, experts_of_gate, gate_of_experts
 
 from .export import HF_DIRECTORY, expert_parameters
-from .initial import TensorFiles
 from .quiet import no_progress_bars
 
 KEY = "init.weights"
@@ -64,7 +64,7 @@ def kind_of(directory: Path) -> str:
     Raises:
         ConfigError: it is none of ours.
     """
-    found = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+    found = require_config(directory).get("model_type")
     for name, kind in VISION_KINDS.items():
         if kind.config.model_type == found:
             return name
@@ -75,7 +75,7 @@ def load_vision_model(path: Path) -> VisionModel:
     """The model of a finished run, on the CPU, in evaluation mode."""
     directory = find_vision_weights(path)
     with no_progress_bars():
-        return VISION_KINDS[kind_of(directory)].model.from_pretrained(directory, dtype="auto").eval()
+        return read_model(VISION_KINDS[kind_of(directory)].model, directory)
 
 
 class VisionWeights:
@@ -114,7 +114,11 @@ class VisionWeights:
         if self._successor is not None:
             model.load_state_dict(self._successor.state_dict())
         else:
-            copy_all(TensorFiles(self._directory), model, self._directory)
+            try:
+                files = WeightFiles(self._directory)
+            except ConfigError as error:
+                raise ConfigError(f"{KEY}: {error}") from error
+            copy_all(files, model, self._directory)
 
 
 def next_stage(directory: Path, stage: str, config: MixtureConfig, seed: int) -> MixtureModel:
@@ -146,7 +150,7 @@ def require_settings(made: MixtureConfig, given: MixtureConfig, stage: str) -> N
             raise ConfigError(f"model.{name}: init.stage={stage} makes it {before}, got {now}")
 
 
-def copy_all(files: TensorFiles, model: nn.Module, source: Path) -> None:
+def copy_all(files: WeightFiles, model: nn.Module, source: Path) -> None:
     """Every weight and buffer of `model` by its name; of SMoE experts those that the model holds."""
     spread = expert_parameters(model)
     state = model.state_dict(keep_vars=True)

@@ -28,17 +28,14 @@ import torch
 import torch.distributed as dist
 
 from .checkpoint import TrainingState
-from .errors import LOST, LostProcessError, TrainingError
+from .errors import LOST, LostProcessError, TrainingError, remains
 from .processes import Processes
+from .signals import loss
 
 STORE_SECONDS = 5.0  # to wait for an answer of the store
 ASKING = 16  # processes that ask the store about all others: a thousand asking about a thousand would choke it
 STACK = 6  # innermost calls that are shown of where the process waits
 NAMED = 8  # processes that a message names at most
-REMEDY = (
-    "The last complete checkpoint is intact: the same command continues from there "
-    "(launcher/supervise.py does so by itself)"
-)
 LOST_CONTACT = "lost contact"  # why a process left that is not the cause of what happened
 
 
@@ -63,6 +60,8 @@ class Watchdog:
 
     Attributes:
         state: of the run, once there is one; its `step` is told.
+        saved: says the step of the newest complete checkpoint, once that is known; without a look at the file system,
+            which may be what hangs.
     """
 
     def __init__(
@@ -72,6 +71,7 @@ class Watchdog:
         abort: Callable[[str], None] | None = None,
     ) -> None:
         self.state = TrainingState()
+        self.saved: Callable[[], int | None] | None = None
         self._limit = 60 * minutes
         self._interval = min(2.0, self._limit / 10)
         self._processes = processes
@@ -124,7 +124,7 @@ class Watchdog:
             lost = self.suspects()
             self._leave(LOST_CONTACT)
             raise LostProcessError(
-                f"lost contact with another process {self._where()}: {lost} ({text}). {REMEDY}"
+                f"lost contact with another process {self._where()}: {lost} ({text}). {self._remedy()}"
             ) from error
 
     def suspects(self) -> str:
@@ -173,8 +173,8 @@ class Watchdog:
             if self._waited > self._limit:
                 message = (
                     f"no progress for {self._limit / 60:g} minutes (training.timeout_minutes) {self._where()}: "
-                    f"{self.suspects()}. {REMEDY}. If nothing hangs and steps, validations or checkpoints take that "
-                    "long, raise training.timeout_minutes"
+                    f"{self.suspects()}. {self._remedy()}. If nothing hangs and steps, validations or checkpoints take "
+                    "that long, raise training.timeout_minutes"
                 )
                 if self._over.is_set() or self._waited < self._limit:  # it went on while we asked
                     continue
@@ -206,6 +206,20 @@ class Watchdog:
         return {
             rank: Sign(**json.loads(self._store.get(key))) for rank, key in keys.items() if self._store.check([key])
         }
+
+    def remains(self) -> str:
+        """For the user: from where the same command goes on."""
+        if self.saved is None:
+            return "the same command continues from the newest complete checkpoint, if there is one"
+        return remains(self.saved())
+
+    def loss(self) -> str:
+        """For the user: what ending here loses."""
+        return "before the first step" if self.saved is None else loss(self.state.step, self.saved())
+
+    def _remedy(self) -> str:
+        told = self.remains()
+        return f"{told[0].upper()}{told[1:]} (launcher/supervise.py does so by itself)"
 
     def _where(self) -> str:
         return f"in {self._phase} after step {self.state.step}"

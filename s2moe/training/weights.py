@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from dataclasses import dataclass
@@ -16,17 +15,18 @@ import torch
 from torch import Tensor
 
 from s2moe.config.options import ConfigError
-from s2moe.data import load_tokenizer
-from s2moe.data.tokenizer_base import TOKENIZER_FILE
 from s2moe.hub.directories import require_language_model
+from s2moe.hub.reading import read_model, require_whole
+from s2moe.hub.tokenization import tokenizer_fingerprint
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.parallel.deepspeed_compat import REST, CheckpointFileError, load_file, to_universal, universal_weights
 
 from .checkpoint import MANIFEST, Checkpoint, find_latest, open_checkpoint
 from .engine import DTYPES
-from .export import HF_DIRECTORY, ORIGIN_FILE
+from .export import HF_DIRECTORY
 from .quiet import no_progress_bars
+from .run_directory import exported_step
 
 _EXPERT_KEY = re.compile(r"(.*\.experts\.w[123])\.(\d+)")
 
@@ -52,7 +52,7 @@ class Weights:
         if self.checkpoint is not None:
             return self.checkpoint.state.tokenizer
         assert self.hf is not None
-        return load_tokenizer(self.hf).fingerprint() if (self.hf / TOKENIZER_FILE).is_file() else ""
+        return tokenizer_fingerprint(self.hf)
 
 
 def find_weights(path: Path) -> Weights:
@@ -67,7 +67,7 @@ def find_weights(path: Path) -> Weights:
         return Weights(checkpoint=open_checkpoint(path))
     latest = find_latest(path / "checkpoints")
     hf = path / HF_DIRECTORY
-    if (hf / "config.json").is_file() and (latest is None or _step_of(hf) >= latest.state.step):
+    if (hf / "config.json").is_file() and (latest is None or (exported_step(hf) or 0) >= latest.state.step):
         return Weights(hf=hf)
     if latest is None:
         raise ConfigError(
@@ -94,24 +94,19 @@ def load_weights(weights: Weights) -> S2MoEForCausalLM:
     """The model with these weights, on the CPU, in evaluation mode."""
     if weights.hf is not None:
         check_language_model(weights.hf)
-        try:
-            with no_progress_bars():
-                return S2MoEForCausalLM.from_pretrained(weights.hf, dtype="auto").eval()
-        except ValueError as error:
-            raise ConfigError(f"{weights.hf} cannot be used here: {error}") from error
+        with no_progress_bars():
+            return read_model(S2MoEForCausalLM, weights.hf)
     assert weights.checkpoint is not None
     config = checkpoint_config(weights.checkpoint)
     state = checkpoint_state(weights.checkpoint)
     model = S2MoEForCausalLM(config)
     for parameter in model.parameters():  # buffers stay float32
         parameter.data = parameter.data.to(DTYPES[weights.checkpoint.state.precision])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    missing = [name for name in missing if not (name == "lm_head.weight" and config.tie_word_embeddings)]
-    if missing or unexpected:
-        raise ConfigError(
-            f"the checkpoint {weights.checkpoint.path} does not fit its own configuration: "
-            f"missing {missing}, unexpected {unexpected}"
-        )
+    expected = model.state_dict()
+    others = [name for name, tensor in state.items() if name in expected and tensor.shape != expected[name].shape]
+    missing = expected.keys() - state.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    require_whole(f"the checkpoint {weights.checkpoint.path}", missing, state.keys() - expected.keys(), others)
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 
@@ -158,10 +153,3 @@ def _file_state(path: Path) -> dict[str, Tensor]:
     for name, tensors in experts.items():
         state[name] = torch.stack([tensors[index] for index in range(len(tensors))])
     return state
-
-
-def _step_of(hf: Path) -> int:
-    try:
-        return int(json.loads((hf / ORIGIN_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError):
-        return 0

@@ -49,8 +49,12 @@ class Writer:
         """Write a file now; it is brought to the disk while the next one is written."""
 
         def write() -> None:
-            with HashedFile(path) as file:
-                torch.save(value, cast(IO[bytes], file))
+            file = HashedFile(path)
+            try:
+                with file:
+                    torch.save(value, cast(IO[bytes], file))
+            except RuntimeError as error:  # of torch's writer of archives, which does not say why it could not write
+                raise file.failure or error from error
             self.digests[path] = file.digest()
 
         self._try(path, write)
@@ -74,8 +78,8 @@ class Writer:
             return
         try:
             action()
-        except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError
-            self.failures.append(f"{path}: {error}")
+        except (OSError, RuntimeError) as error:
+            self.failures.append(f"{path}: {(isinstance(error, OSError) and error.strerror) or error}")
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -88,8 +92,8 @@ class BackgroundWriter(Writer):
         content = io.BytesIO()
 
         def write() -> None:
-            with content, content.getbuffer() as buffer, HashedFile(path) as file:
-                file.write(buffer)
+            with HashedFile(path) as file:
+                file.write(content.getbuffer())
             self.digests[path] = file.digest()
             sync(path)
 
@@ -98,9 +102,14 @@ class BackgroundWriter(Writer):
 
 
 class HashedFile:
-    """A new file with the checksum of all that is written to it. Each piece is written and hashed at the same time."""
+    """A new file with the checksum of all that is written to it. Each piece is written and hashed at the same time.
+
+    Attributes:
+        failure: why a piece could not be written; torch.save raises an error of its own in its place.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.failure: OSError | None = None
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._hash = sha256()
         self._thread = ThreadPoolExecutor(1, "checksum")
@@ -119,6 +128,9 @@ class HashedFile:
             rest = memoryview(piece).cast("B")
             while rest:  # the system may take a part
                 rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.failure = error
+            raise
         finally:
             hashed.result()
         return memoryview(piece).nbytes

@@ -82,7 +82,7 @@ def test_router_options_are_typed_and_reach_the_model() -> None:
         (
             "training.sequence_parallel=2",  # with the default method, s2moe
             r"training.sequence_parallel: does not go with model.moe.stochastic.enabled, which needs whole sequences, "
-            r"got 2: use a router among topk, .*, or training.sequence_parallel=1 with training.activation_check",
+            r"got 2: use a router among smoe_dropout, topk, xmoe .* training.activation_check",
         ),
         ("name=a/b", r"name: must be a file name, got 'a/b'"),
     ],

@@ -11,6 +11,7 @@ import torch
 
 from s2moe.data import ByteTokenizer, CharacterTokenizer, CorpusError
 from s2moe.data.archives import Files
+from s2moe.data.class_files import read_tree
 from s2moe.data.classification import (
     TASKS,
     ClassificationData,
@@ -18,7 +19,6 @@ from s2moe.data.classification import (
     carve,
     class_counts,
     load_classification,
-    read_tree,
     subset,
 )
 from s2moe.data.encoding import EncodedTexts, collate, encode_text
@@ -110,7 +110,7 @@ def test_overlap_with_test_is_told(tmp_path: Path) -> None:
     with (source / "dev.tsv").open("a") as file:
         file.write(train[5] + "\n")
     data = load_classification("sst2", source, official=False)
-    assert "1 texts of test are also among those of train or validation, as published" in data.notes
+    assert "1 texts of test are also among those of train or validation" in data.notes
 
 
 def test_subset(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_other_numbers_than_the_official_ones_are_refused(tmp_path: Path) -> Non
     ("content", "message"),
     [
         ("sentence\tlabel\nfine\t2\n", "line 2: expected label 0 or 1"),
-        ("sentence\tlabel\nfine film\n", "line 2: expected label 0 or 1"),
+        ("sentence\tlabel\nfine film\n", "line 2: expected 2 columns, got 1: 'fine film'"),
         ("a\tb\nfine\t1\n", "columns label and sentence"),
         ("sentence\tlabel\n \t1\nfine\t0\nbad\t0\npoor\t1\n", "a text is empty"),
     ],
@@ -206,3 +206,74 @@ def test_batches_are_padded_on_the_right() -> None:
     assert batch["input_ids"].tolist() == [[97, 98, 99], [97, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].equal(torch.tensor([1, 0]))
+
+
+ODD = "8\u00a01/2 wide\u3000space next\u0085line line\u2028end"  # what str.split and str.splitlines cut
+
+
+def test_other_white_space_stays(tmp_path: Path) -> None:
+    """It stands inside words and sentences of the official files."""
+    word = ODD.replace(" ", "")
+    trees = tmp_path / "trees"
+    trees.mkdir()
+    for split in ("train", "dev", "test"):
+        (trees / f"{split}.txt").write_text(f"(3 (2 A) (2 {word}))\r\n(1 (2 B) (2 .))\n", newline="", encoding="utf-8")
+    assert load_classification("sst5", trees, official=False).train.texts == [f"A {word}", "B ."]
+    for source, rows in (
+        (glue(tmp_path / "glue"), "{text}\t1\n"),
+        (banking(tmp_path / "banking"), "{text},intent_1\n"),
+    ):
+        name, task = ("train.tsv", "sst2") if "\t" in rows else ("train.csv", "banking77")
+        with (source / name).open("a", encoding="utf-8") as file:
+            file.write(rows.format(text=ODD))
+        data = load_classification(task, source, official=False)
+        assert ODD in data.train.texts + data.validation.texts
+    reviews = imdb(tmp_path / "imdb", "")
+    (reviews / "aclImdb" / "train" / "pos" / "99_8.txt").write_text(ODD, encoding="utf-8")
+    data = load_classification("imdb", reviews, official=False)
+    assert ODD in data.train.texts + data.validation.texts
+
+
+def test_half_understood_trees_are_refused() -> None:
+    for broken in ("(3 (2 great) film)", "(3 (2 great) (22 film))", "(3 great (2 film))"):
+        with pytest.raises(CorpusError, match="not a tree"):
+            read_tree(broken, "here")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for source, name, task in (
+        (glue(tmp_path / "g"), "train.tsv", "sst2"),
+        (banking(tmp_path / "b"), "train.csv", "banking77"),
+    ):
+        before = load(task, source).train
+        path = source / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert load(task, source).train == before
+
+
+def test_texts_that_are_not_official_are_not_called_so(tmp_path: Path) -> None:
+    notes = load("sst2", glue(tmp_path / "glue")).notes
+    assert notes == ["in the format of GLUE, not checked to be its texts", "validation: 6 texts of train"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1, 2]", "[" * 100_000])
+def test_categories_that_are_none(tmp_path: Path, content: str) -> None:
+    (banking(tmp_path / "b") / "categories.json").write_text(content)
+    with pytest.raises(CorpusError, match=r"categories\.json is not"):
+        load("banking77", tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "deflated", "method"])
+def test_zips_that_cannot_be_unpacked(tmp_path: Path, kind: str) -> None:
+    path = zipped(treebank(tmp_path / "trees"), "trees")
+    content = bytearray(path.read_bytes())
+    for magic, flags, method in ((b"PK\x03\x04", 6, 8), (b"PK\x01\x02", 8, 10)):
+        place = -1
+        while (place := content.find(magic, place + 1)) >= 0:
+            if kind == "encrypted":
+                content[place + flags] |= 1
+            else:  # text that is said to be packed: by deflate, by a way that zipfile has not
+                content[place + method] = 8 if kind == "deflated" else 97
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match="cannot be read"):
+        load("sst5", path)

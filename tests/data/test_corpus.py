@@ -85,6 +85,20 @@ def test_a_changed_byte_is_found_by_verify(tmp_path: Path) -> None:
         Corpus.open(tmp_path / "c").verify()
 
 
+def test_a_flipped_bit_is_found_when_a_split_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length is as it was. Beyond a size that is left to `verify`."""
+    path = write_corpus(tmp_path / "c", "letters", TEXTS, ByteTokenizer()).path("train")
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    corpus = Corpus.open(tmp_path / "c")
+    assert len(corpus.split("valid")) == corpus.metadata.splits["valid"].tokens
+    with pytest.raises(CorpusError, match=r"train\.bin has another checksum .*; prepare it again"):
+        corpus.split("train")
+    monkeypatch.setattr("s2moe.data.corpus.VERIFIED_BYTES", len(content) - 1)
+    assert len(corpus.split("train")) == len(content)
+
+
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", "letters", TEXTS, ByteTokenizer())
     path = tmp_path / "c" / "metadata.json"

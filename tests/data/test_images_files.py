@@ -277,8 +277,17 @@ def test_quickdraw_bitmaps(tmp_path: Path) -> None:
         other = open_images("quickdraw", source, tmp_path, classes=("ice cream", "cat"))
         assert other.classes == ("ice cream", "cat")
         assert np.array_equal(other.train.images[0].ravel(), bitmaps["ice cream"][0])
-        with pytest.raises(CorpusError, match="no bitmaps of dog"):
+        with pytest.raises(CorpusError, match="no bitmaps of dog; it has cat, ice cream"):
             open_images("quickdraw", source, tmp_path, classes=("cat", "dog"))
+        for classes in (["cat", "cat"], "cat", [1, 2]):
+            with pytest.raises(CorpusError, match="classes must be a list of different names"):
+                open_images("quickdraw", source, tmp_path, classes=classes)
+    with zipfile.ZipFile(tmp_path / "several.npz") as archive:
+        whole = archive.read("cat.npy")
+    with zipfile.ZipFile(tmp_path / "garbled.npz", "w") as archive:
+        archive.writestr("cat.npy", whole.replace(b"(30, 784), }", b"(30, 784(, }"))
+    with pytest.raises(CorpusError, match=r"garbled.npz is not an .npz of bitmaps, or damaged"):
+        open_images("quickdraw", tmp_path / "garbled.npz", tmp_path)
     (single / "cat.npy").write_bytes((single / "cat.npy").read_bytes()[:-10])
     with pytest.raises(CorpusError, match=r"cat.npy is damaged"):
         open_images("quickdraw", single, tmp_path)

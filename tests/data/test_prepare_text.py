@@ -139,7 +139,7 @@ def test_other_arguments_or_damage_ask_for_force(
         (["text", "--source", "absent*.txt"], "no file matches absent"),
         (["text", "--source", "{tmp}"], "give a glob in quotes"),
         (["text", "--source", "{tmp}/bad.jsonl"], "bad.jsonl:2 is not a JSON object"),
-        (["text", "--source", "{tmp}/ok.jsonl"], "no text in a field 'text' (its fields: body, n)"),
+        (["text", "--source", "{tmp}/ok.jsonl"], "has no field 'text' (its fields: body, n)"),
         (["text", "--source", "{tmp}/ok.jsonl", "--field", "n"], "field 'n'"),
         (["text", "--source", "{tmp}/raw.txt", "--tokenizer", "character"], "not UTF-8"),
         (["text", "--source", "{tmp}/tiny.txt"], "split empty"),

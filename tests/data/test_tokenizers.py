@@ -115,7 +115,7 @@ def test_the_two_older_byte_protocols() -> None:
     dropped, marked = ReducedByteTokenizer(text, "drop"), ReducedByteTokenizer(text, "eos")
     assert (dropped.vocab_size, marked.vocab_size) == (5, 6)  # e n o t w, and the newline
     assert dropped.decode(dropped.encode(text)) == "onetwo"
-    assert dropped.count_symbols(text, dropped.encode(text).size) == 6
+    assert dropped.count_symbols(dropped.encode(text)) == 6
     assert marked.decode(marked.encode(text)) == "one\ntwo\n"
     with pytest.raises(CorpusError, match="byte 120"):
         marked.encode(b"x")
@@ -141,7 +141,7 @@ def test_sentencepiece_trains_to_the_size_asked_and_shortens_the_text() -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert ids.size < 0.5 * len(text)
-    assert tokenizer.count_symbols("é日".encode(), 6) == 2
+    assert tokenizer.count_symbols(tokenizer.encode("é日")) == 2
 
 
 def test_sentencepiece_training_repeats_itself(trained: SentencePieceTokenizer) -> None:

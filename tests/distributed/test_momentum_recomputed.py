@@ -13,6 +13,7 @@ from s2moe import S2MoEConfig, S2MoEForCausalLM
 from s2moe.moe.routing import RoutingContext
 from s2moe.parallel import deepspeed_compat
 from tests.distributed_harness import reset_groups, run_distributed
+from tests.ties import watch
 
 pytestmark = pytest.mark.distributed
 
@@ -41,6 +42,7 @@ def train(momentum: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
         }
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
         generator = torch.Generator().manual_seed(1)
+        clear = watch(model) if not results else []
         losses, norms = [], []
         for step in range(3):
             ids = torch.randint(0, 32, (world, 2, 12), generator=generator)[rank]
@@ -49,6 +51,7 @@ def train(momentum: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
             engine.step()
             losses.append(output.loss.item())
             norms.append(float(engine.get_global_grad_norm()))
+        assert all(clear)  # of ties between experts
         results.append((losses, norms))
     return results
 

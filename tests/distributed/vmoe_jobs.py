@@ -15,6 +15,7 @@ from s2moe.moe.routing import RoutingContext
 from s2moe.parallel import deepspeed_compat
 from tests.distributed.jobs import full_state
 from tests.distributed_harness import reset_groups
+from tests.ties import watch
 
 IMAGES = 4  # of a micro-batch
 
@@ -25,8 +26,8 @@ def vision_config(**given: Any) -> VMoEConfig:
     return VMoEConfig(size="digits/2", image_size=8, num_classes=6, **given, moe=moe)
 
 
-def train(degree: int, stage: int, steps: int, given: dict[str, Any]) -> dict[str, Any]:
-    """Train on fixed random images; returns losses, gradient norms, what was dropped, and final parameters."""
+def train(degree: int, stage: int, steps: int, given: dict[str, Any], data: int) -> dict[str, Any]:
+    """Train on random images of seed ``data``; losses, gradient norms, what was dropped, and final parameters."""
     reset_groups()
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(0)
@@ -41,7 +42,7 @@ def train(degree: int, stage: int, steps: int, given: dict[str, Any]) -> dict[st
         "zero_allow_untested_optimizer": True,
     }
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(data)
     losses, norms, dropped = [], [], []
     for step in range(steps):
         routing = []
@@ -62,9 +63,11 @@ def train(degree: int, stage: int, steps: int, given: dict[str, Any]) -> dict[st
     return {"losses": losses, "norms": norms, "dropped": dropped, "state": full_state(engine.module)}
 
 
-def train_shapes(shapes: list[tuple[int, int]], steps: int, given: dict[str, Any]) -> dict[tuple[int, int], Any]:
+def train_shapes(
+    shapes: list[tuple[int, int]], steps: int, given: dict[str, Any], data: int
+) -> dict[tuple[int, int], Any]:
     """``train`` for each (expert-parallel degree, ZeRO stage)."""
-    return {shape: train(*shape, steps, given) for shape in shapes}
+    return {shape: train(*shape, steps, given, data) for shape in shapes}
 
 
 def whole_initial_state(given: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -73,12 +76,16 @@ def whole_initial_state(given: dict[str, Any]) -> dict[str, torch.Tensor]:
     return dict(VMoEForImageClassification(vision_config(**given)).state_dict())
 
 
-def one_process(steps: int, given: dict[str, Any], world: int) -> dict[str, Any]:
-    """The same training without DeepSpeed and without any other process: all ranks' micro-batches one by one."""
+def one_process(steps: int, given: dict[str, Any], world: int, data: int) -> dict[str, Any]:
+    """The same training without DeepSpeed and without any other process: all ranks' micro-batches one by one.
+
+    It also says whether all choices of experts were clear of ties.
+    """
     torch.manual_seed(0)
     model = VMoEForImageClassification(vision_config(**given))
+    clear = watch(model)
     optimizer = torch.optim.SGD(deepspeed_compat.optimizer_groups(model, 0.1), lr=0.05, momentum=0.9)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(data)
     losses, norms = [], []
     for step in range(steps):
         optimizer.zero_grad()
@@ -94,4 +101,4 @@ def one_process(steps: int, given: dict[str, Any], world: int) -> dict[str, Any]
             losses.append(total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
-    return {"losses": losses, "norms": norms, "state": dict(model.state_dict())}
+    return {"losses": losses, "norms": norms, "state": dict(model.state_dict()), "clear": all(clear)}

@@ -134,7 +134,7 @@ def before_checking(fault: Fault) -> None:
     """Change one number on this rank just before the processes compare theirs."""
     original = training_run.require_equal_replicas
 
-    def check(module: torch.nn.Module, state: Any) -> None:
+    def check(module: torch.nn.Module, state: Any, *rest: Any) -> None:
         if state.step == fault.step:
             tensors = {
                 "bias": module.model.layers[0].moe.router.bias_E,
@@ -146,7 +146,7 @@ def before_checking(fault: Fault) -> None:
             else:
                 with torch.no_grad():
                     tensors[fault.kind].view(-1)[3] += 1e-6
-        original(module, state)
+        original(module, state, *rest)
 
     training_run.require_equal_replicas = check
 

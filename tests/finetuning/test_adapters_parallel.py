@@ -20,6 +20,7 @@ from s2moe.finetuning.loading import load_pretrained
 from s2moe.finetuning.trainer import S2MoETrainer, cpu_processes, deepspeed_settings
 from s2moe.parallel import deepspeed_compat
 from tests.distributed_harness import run_distributed
+from tests.ties import everywhere, watch
 
 from .test_trainer import Lines
 from .trainer_jobs import arguments, logged, pretrained
@@ -53,12 +54,14 @@ def adapt(source: str, output: str, degree: int, stage: int, resume: bool, **ada
         )
     except ConfigError as error:
         return str(error)
+    clear = watch(tuned) if (degree, stage) == (1, 1) else []
     made.train(resume_from_checkpoint=resume)
     made.save_model(str(Path(output) / "final"))
     return {
         "losses": logged(made, "loss"),
         "norms": logged(made, "grad_norm"),
         "eval": made.evaluate()["eval_loss"],
+        "clear": everywhere(all(clear)),
         "biases": [bias.abs().max().item() for bias in biases],
     }
 
@@ -75,6 +78,7 @@ def test_an_adapter_of_the_attention(tmp_path: Path, stage: int) -> None:
     router = {"bias_update_rate": 0.01, "combine": "sigmoid", "balance_loss": 0.1}
     source = pretrained(tmp_path / "source", router=router)
     expected = run(source, tmp_path / "one", 1, 1)
+    assert expected["clear"]  # of ties between experts
     found = run(source, tmp_path / "two", 2, stage)
     for name in ("losses", "norms", "eval"):
         assert found[name] == pytest.approx(expected[name], rel=2e-4), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
 
+from launcher.finetune import main as launcher
 from s2moe import S2MoEConfig, S2MoEForSequenceClassification
 from s2moe.config import ConfigError, load
 from s2moe.config.finetune import FinetuneConfig
-from s2moe.data import load_tokenizer
 from s2moe.data.classification import load_classification
 from s2moe.data.encoding import encode_text, expressible
 from s2moe.data.tokenizers import TEXT8_ALPHABET, CharacterTokenizer
+from s2moe.training.run_directory import PRETRAINING, sign
+from s2moe.training.run_lock import locked
 from tests.data.classification_files import glue, treebank
 from tests.distributed_harness import run_distributed
+from tests.training.jobs import contents
+from tests.training.lock_jobs import ALONE
 
 from .finetune_jobs import language_model, run
 
@@ -96,10 +101,10 @@ def test_a_run_and_its_continuation(files: Path, tmp_path: Path) -> None:
     model = S2MoEForSequenceClassification.from_pretrained(directory / "hf")
     assert model.config.id2label == {0: "negative", 1: "positive"}
     assert model.model.layers[0].moe.experts.w1.shape[0] == 4
-    assert load_tokenizer(directory / "hf").vocab_size == 256
     assert list((directory / "tensorboard").iterdir())
 
     found = AutoTokenizer.from_pretrained(directory / "hf")
+    assert len(found) == 256
     classify = pipeline("text-classification", model=model, tokenizer=found)
     text = "a fine film"
     logits = model(input_ids=torch.tensor([list(text.encode())])).logits
@@ -118,9 +123,62 @@ def test_a_run_and_its_continuation(files: Path, tmp_path: Path) -> None:
     for name, value in load_file(tmp_path / "stopped" / "sst2" / "hf" / "model.safetensors").items():
         assert value.equal(model.state_dict()[name]), name
 
+    assert not (directory / "hf" / "training_args.bin").exists()  # a pickle, with the paths of this machine
+    finished = contents(directory)
+    free = {**settings(files, tmp_path / "whole", **spread), "checkpoint.keep": 1, "logging.every": 1}  # to be changed
+    assert run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), free)[0] == {"step": 42, "results": whole["results"]}
     changed = {**chosen, "optimizer.lr": 0.02}
     refused = run_distributed(run, 2, str(CONFIGS / "sst2.yaml"), changed)[0]
     assert "optimizer.lr was 0.01, is 0.02" in refused["error"]
+    assert contents(directory) == finished
+
+
+@pytest.mark.distributed
+def test_one_checkpoint_is_kept_beside_the_best_and_a_run_without_them_is_finished(files: Path, tmp_path: Path) -> None:
+    """By the default of checkpoint.keep; stopped in the second epoch, it goes on from there."""
+    chosen = settings(files, tmp_path)
+    folder = tmp_path / "sst2" / "checkpoints"
+    assert run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), chosen, 20)[0]["step"] == 20
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-14", "checkpoint-20"}
+    results = run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), chosen)[0]["results"]
+    assert {path.name for path in folder.iterdir()} == {f"checkpoint-{results['best_step']}", "checkpoint-42"}
+    shutil.rmtree(folder)  # to save disk
+    finished = contents(tmp_path / "sst2")
+    assert run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), chosen)[0]["results"] == results
+    assert contents(tmp_path / "sst2") == finished
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    chosen = settings(files, tmp_path / "runs", training__expert_parallel=2)
+    command = ["--config", str(CONFIGS / "sst2.yaml"), *(f"{key}={value}" for key, value in chosen.items())]
+    launcher([*command, "--dry-run"])
+    said = capsys.readouterr().out
+    classifier = S2MoEForSequenceClassification(S2MoEConfig.from_pretrained(files / "hf", num_labels=2))
+    for part in (
+        "sst2: 216 train, 24 validation, 60 test",
+        f"{sum(parameter.numel() for parameter in classifier.parameters()):,} parameters",
+        "42 steps, 14 in each of 3 epochs, in batches of 16 texts: 2 processes x micro-batches of 8",
+        str(tmp_path / "runs" / "sst2"),
+    ):
+        assert part in said
+    launcher([*command, "data.source=null", f"data.downloads={tmp_path / 'data'}", "--dry-run"])
+    assert f"a run downloads SST-2.zip to {tmp_path / 'data' / 'sst2'} first" in capsys.readouterr().out
+    for wrong, message in (
+        ("training.batch=3", "training.batch: must be a multiple"),
+        ("data.input_length=65", "give data.input_length=64"),
+        ("model.checkpoint=absent", "no weights in absent"),
+        (f"output_dir={files.parent}", ""),
+    ):
+        if not message:
+            (files.parent / "sst2").mkdir()
+            (files.parent / "sst2" / "hf").write_text("somebody's")
+            message = "nothing says that a run made it"
+        with pytest.raises(ConfigError, match=message):
+            launcher([*command, wrong, "--dry-run"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.distributed
@@ -150,7 +208,7 @@ def test_a_classifier_of_characters_reads_texts_as_its_run_did(files: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.input_length": 4096}, "data.input_length: "),
+        ({"data.input_length": 4096}, "at most 64 tokens, got 4096: give data.input_length=64"),
         pytest.param({"data.official": True}, "has 67,349 / 872 texts", marks=pytest.mark.slow),
         ({"training.batch": 3, "training.micro_batch": 2}, "training.batch: must be a multiple"),
         pytest.param({"model.checkpoint": "absent"}, "no weights in absent", marks=pytest.mark.slow),
@@ -160,6 +218,22 @@ def test_a_classifier_of_characters_reads_texts_as_its_run_did(files: Path, tmp_
 def test_mistakes_are_told(files: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     found = run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), {**settings(files, tmp_path), **changes})[0]
     assert message in found["error"]
+
+
+@pytest.mark.distributed
+def test_what_another_start_or_another_run_has_is_left_alone(files: Path, tmp_path: Path) -> None:
+    """Also the pre-trained run itself, as whose continuation the fine-tuning is named."""
+    chosen = settings(files, tmp_path)
+    with locked(tmp_path / "sst2", ALONE):
+        found = run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), chosen)[0]
+    assert "sst2 is in use by another start of this run: process" in found["error"]
+    base = tmp_path / "sst2"
+    shutil.copytree(files / "hf", base / "hf")
+    sign(base, PRETRAINING, "sst2")
+    before = contents(base)
+    found = run_distributed(run, 1, str(CONFIGS / "sst2.yaml"), {**chosen, "model.checkpoint": base})[0]
+    assert "sst2 is of a pre-training run, 'sst2', and this is a fine-tuning run: choose another name" in found["error"]
+    assert contents(base) == before
 
 
 @pytest.mark.slow

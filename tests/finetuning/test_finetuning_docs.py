@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from launcher import finetune
 from s2moe.config import load
 from s2moe.config.finetune import FinetuneConfig
+from s2moe.config.run import RunConfig
 from tests.test_docs import python_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,4 +33,16 @@ def test_named_settings_exist() -> None:
     named = [setting for setting in named if not setting.startswith("data.source")]
     assert len(named) > 8
     for setting in named:
-        load(FinetuneConfig, ROOT / "configs" / "finetune" / "sst2.yaml", [setting])
+        task, more = ("own", ["data.source=x"]) if "_column=" in setting else ("sst2", [])
+        load(FinetuneConfig, ROOT / "configs" / "finetune" / f"{task}.yaml", [setting, *more])
+
+
+def test_the_first_command_of_the_help_fits_its_model() -> None:
+    """The quickstart's model, which is pre-trained on shorter texts than the published recipe's."""
+    assert finetune.__doc__ is not None
+    command = re.search(r"deepspeed (launcher/finetune.py .*\\\n.*)\n", finetune.__doc__)
+    assert command is not None
+    _, _, config, *overrides = command[1].replace("\\\n", " ").split()
+    assert "model.checkpoint=runs/quickstart" in overrides
+    most = load(RunConfig, ROOT / "configs" / "quickstart.yaml").training.sequence_length
+    assert load(FinetuneConfig, ROOT / config, overrides).data.input_length <= most

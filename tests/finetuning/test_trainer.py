@@ -22,8 +22,9 @@ from s2moe.finetuning.loading import load_pretrained
 from s2moe.finetuning.optimizer import parameter_groups
 from s2moe.finetuning.trainer import COMPLETE, S2MoETrainer, check_arguments, newest_checkpoint
 from s2moe.training.errors import TrainingError
+from tests.ties import watch
 
-from .trainer_jobs import Texts, arguments, logged, pretrained, trainer, weights
+from .trainer_jobs import Lines, Texts, arguments, logged, pretrained, trainer, weights
 
 SST2 = Path(__file__).parents[2] / "configs" / "finetune" / "sst2.yaml"
 NO_AUX = {"moe": {"router": {"balance_loss": 0.0}}}
@@ -81,6 +82,7 @@ def test_padding_changes_nothing(tmp_path: Path, source: Path) -> None:
     results = []
     for width, left in ((12, False), (30, False), (30, True)):
         made = trainer(tmp_path, source, NO_AUX | {"moe": {"router": {"balance_loss": 0.5, "z_loss": 0.1}}})
+        clear = watch(made.model)
         inputs = batch(width=width)
         if left:
             shift = width - inputs["attention_mask"].sum(1)
@@ -92,6 +94,7 @@ def test_padding_changes_nothing(tmp_path: Path, source: Path) -> None:
         counts = torch.stack([layer.counts_E for layer in outputs.routing])
         assert counts.sum(1).tolist() == [2 * int(inputs["attention_mask"].sum())] * 2
         results.append((outputs.logits, outputs.aux_loss, gradient, counts))
+        assert all(clear)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-6)
 
@@ -114,7 +117,9 @@ def test_accumulation_equals_one_batch(tmp_path: Path, source: Path, smoothing: 
             gradient_accumulation_steps=accumulation,
             label_smoothing_factor=smoothing,
         )
+        clear = watch(made.model)
         made.train()
+        assert all(clear)
         runs.append(made)
     whole, parts = runs
     for name in ("loss", "task_loss", "aux_loss", "grad_norm"):
@@ -204,14 +209,6 @@ def test_a_plain_trainer_needs_only_the_callback(tmp_path: Path, learning: Path)
     assert {"layer_0/load_entropy", "layer_1/balance_loss"} <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("layer_0/load_entropy")] == [1, 2, 3, 4]
     assert "load/heat_map" in tags["images"]
-
-
-class Lines(Texts):
-    """The same texts for a language model."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {**row, "labels": row["input_ids"].where(row["attention_mask"] == 1, -100)}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -44,7 +44,7 @@ def test_two_expert_ranks_equal_one(tmp_path: Path, name: str, stage: int) -> No
     source = upcycled(name, tmp_path / "source")
     expected, expected_weights = run(tmp_path / "one", source, 1, 1)
     found, found_weights = run(tmp_path / "two", source, 2, stage)
-    assert (expected["experts"], found["experts"]) == (4, 2)
+    assert (expected["experts"], found["experts"], expected["clear"]) == (4, 2, True)
     assert all(value > 0.05 for value in found["aux"])
     for figure in ("losses", "aux", "norms", "eval"):
         assert found[figure] == pytest.approx(expected[figure], rel=2e-4), figure

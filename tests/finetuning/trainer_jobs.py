@@ -25,6 +25,7 @@ from s2moe.finetuning.trainer import S2MoETrainer, cpu_processes, deepspeed_sett
 from s2moe.moe.freezing import freeze_named
 from s2moe.moe.routing import RoutingContext
 from s2moe.parallel import ExpertParallel, deepspeed_compat
+from tests.ties import everywhere, watch
 
 VOCABULARY, CLASSES, LONGEST = 32, 3, 12
 
@@ -71,6 +72,14 @@ def pretrained(directory: Path, dropout: float = 0.0, **moe: Any) -> Path:
     config.hidden_dropout = dropout
     S2MoEForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+class Lines(Texts):
+    """The same texts for a language model."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {**row, "labels": row["input_ids"].where(row["attention_mask"] == 1, -100)}
 
 
 def arguments(output: Path | str, **settings: Any) -> TrainingArguments:
@@ -126,6 +135,7 @@ def spread_run(
 ) -> dict[str, Any]:
     """Fine-tune on this rank; losses and norms of the log, evaluation, and which experts the rank holds.
 
+    At degree 1 and stage 1, what others are compared with, also whether all choices of experts were clear of ties.
     `degree` 0: the model is built without ExpertParallel; `stage` 0: torch's DistributedDataParallel, no DeepSpeed.
     """
     if stage:
@@ -134,6 +144,7 @@ def spread_run(
         args = arguments(output, use_cpu=True, **settings)
     parallel = deepspeed_compat.expert_parallel(degree) if degree else None
     made = trainer(output, source, parallel=parallel, args=args)
+    clear = watch(made.model) if (degree, stage) == (1, 1) else []
     try:
         made.train(resume_from_checkpoint=resume)
     except ValueError as error:
@@ -146,6 +157,7 @@ def spread_run(
         "aux": logged(made, "aux_loss"),
         "norms": logged(made, "grad_norm"),
         "eval": evaluated["eval_loss"],
+        "clear": everywhere(all(clear)),
         "best": made.state.best_model_checkpoint,
         "experts": len((parallel or ExpertParallel()).local_experts(4)),
         "biases": [router.bias_E.tolist() for router in made.model.modules() if hasattr(router, "bias_E")],

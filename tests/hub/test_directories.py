@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,22 @@ from tests.training.jobs import tiny_corpus
 
 def load(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_a_file_that_decides_is_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router of one's own, which git does not know yet, is; notes beside the package are none."""
+    (tmp_path / "s2moe").mkdir()
+    (tmp_path / "s2moe" / "old.py").write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True, timeout=60)
+    monkeypatch.setattr("s2moe.hub.card.ROOT", tmp_path)
+    commit = source_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "notes.txt").write_text("")
+    assert source_commit() == commit
+    (tmp_path / "s2moe" / "router.py").write_text("")
+    assert source_commit() == f"{commit} + changes"
 
 
 def test_a_directory_is_upcycled_with_its_tokenizer_and_a_card(tmp_path: Path) -> None:
@@ -177,14 +195,14 @@ def test_the_card_of_a_run_says_what_was_done(tmp_path: Path) -> None:
         "| Method | s2moe (S2MoE, flop-matched",
         "| Tokenizer | byte |",
         "| Data | tiny, 6,000 tokens of training",
-        "| Validation | 3.2100 bits per symbol over 600 symbols, at step 60 |",
+        "| Validation | 3.2100 bits per byte over 600 bytes, at step 60 |",
         "| Training | 60 steps of 4 sequences of 32 tokens, fp32 |",
         '"num_experts": 4',
         "global_batch: 4",
     ):
         assert text in card.content, text
     earlier = write_card(hf, config, {"run": "tiny", "step": 50}, tmp_path).read_text()
-    assert "4.0000 bits per symbol, at step 30" in earlier
+    assert "4.0000 bits per byte, at step 30" in earlier
     bare = write_card(hf, config, {}).read_text()
     assert "Validation" not in bare
     assert "# hf" in bare

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launcher import generate
 from s2moe import upcycle
 from s2moe.config import ConfigError
-from s2moe.data import ByteTokenizer, CorpusError
+from s2moe.data import ByteTokenizer, CharacterTokenizer, CorpusError
+from s2moe.data.tokenizers import TEXT8_ALPHABET
 from s2moe.hub import save_tokenizer
 from s2moe.moe.layer import SMoELayer
 from s2moe.training.generation import colour, coloured, continue_text, first_experts, load_model_and_tokenizer
@@ -104,11 +106,29 @@ def test_an_upcycled_model_generates_too(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_tokenizer_is_told(hf: Path) -> None:
-    (hf / "s2moe_tokenizer.json").unlink()
     (hf / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (hf / "tokenizer.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match=f"the tokenizer in {hf} cannot be read"):
         told("--checkpoint", str(hf), "ab")
+
+
+def test_a_prompt_that_the_vocabulary_cannot_express_is_refused(tmp_path: Path) -> None:
+    tiny("smoe", vocab_size=27).save_pretrained(tmp_path)
+    save_tokenizer(CharacterTokenizer(TEXT8_ALPHABET), tmp_path)
+    with pytest.raises(ConfigError, match="the prompt's 'T' is not among the tokenizer's symbols: leave it out"):
+        told("--checkpoint", str(tmp_path), "a The")
+
+
+def test_added_tokens_reach_the_prompt(hf: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer.add_tokens(["<sep>"])
+    model = AutoModelForCausalLM.from_pretrained(hf)
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(hf)
+    _, found = load_model_and_tokenizer(hf, None)
+    assert found("a<sep>b")["input_ids"] == [97, 256, 98]
+    assert told("--checkpoint", str(hf), "a<sep>b", "--tokens", "2").startswith("a<sep>b")
 
 
 def test_mistakes_end_with_what_to_do(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +146,6 @@ def test_mistakes_end_with_what_to_do(hf: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(ConfigError, match="without SMoE layers of this project"):
         told("--checkpoint", str(tmp_path / "dense"), "ab")
     (hf / "tokenizer_config.json").unlink()
-    (hf / "s2moe_tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="has no tokenizer: give the corpus"):
         told("--checkpoint", str(hf), "ab")
     with pytest.raises(CorpusError):

@@ -34,14 +34,14 @@ PLAIN = {
 
 
 def build(name: str, seed: int = 0, layers: int = 3) -> Any:
-    """A model in evaluation mode; another `seed` gives other weights."""
+    """A model in evaluation mode and float64, where no tie is near; another `seed` gives other weights."""
     torch.manual_seed(seed)
     if name in FOREIGN:
         theirs = foreign(name, vocab_size=VOCABULARY, num_hidden_layers=layers)
         if name == "qwen2_moe":
-            return from_transformers(theirs).eval()
-        return upcycle(theirs, "s2moe", experts=4, experts_per_token=2, noise=0.2).eval()
-    return tiny(name, vocab_size=VOCABULARY, num_hidden_layers=layers).eval()
+            return from_transformers(theirs).double().eval()
+        return upcycle(theirs, "s2moe", experts=4, experts_per_token=2, noise=0.2).double().eval()
+    return tiny(name, vocab_size=VOCABULARY, num_hidden_layers=layers).double().eval()
 
 
 def generate(model: Any, ids: Tensor | None = IDS, **given: Any) -> Any:
@@ -61,7 +61,7 @@ def same(found: Any, wanted: Any, new: int = NEW) -> None:
 def test_logits_are_those_of_one_forward_pass(name: str) -> None:
     model = build(name)
     found = generate(model)
-    logits = model(found.sequences, use_cache=False).logits[:, LENGTH - 1 : -1]
+    logits = model(found.sequences, use_cache=False).logits[:, LENGTH - 1 : -1].float()  # as generate hands them out
     torch.testing.assert_close(torch.stack(found.logits, 1), logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.sequences[:, LENGTH:], logits.argmax(-1))
 

@@ -74,7 +74,7 @@ def test_accumulated_batches_share_the_auxiliary_loss() -> None:
 
 
 def test_evaluation_at_another_number_of_experts() -> None:
-    model = sparse().eval()
+    model = sparse().double().eval()
     assert model(ids(), experts_per_token=1).routing[0].counts_E.sum() == ids().numel()
     made = model.generate(ids()[:1], max_new_tokens=4, do_sample=False, experts_per_token=1, use_cache=True)
     prompt = ids()[:1]

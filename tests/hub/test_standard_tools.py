@@ -148,6 +148,7 @@ def test_the_auto_classes_and_a_pipeline_find_everything_in_a_directory(name: st
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert type(AutoConfig.from_pretrained(directory)) is type(model.config)
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.pad_token_id = 0  # bytes have no symbol for padding: any id does, under the attention mask
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
     texts = ["ab", "Zürich is"]
     settings = {"max_new_tokens": 6, "do_sample": False}

@@ -111,6 +111,11 @@ def test_a_rule_of_weights_that_sum_to_1_is_chosen(method: str, k: int | None, r
     assert (router["combine"], router["renormalise"]) == rule
 
 
+def test_sigmoid_weights_are_made_to_sum_to_1() -> None:
+    """As loss-free balancing's are not by themselves."""
+    assert upcycle(foreign("llama"), "loss_free", experts=4).config.moe["router"]["renormalise"]
+
+
 @pytest.mark.parametrize("way", ["copies", "slices", "s2moe"])
 def test_experts_part_in_training(way: str) -> None:
     torch.manual_seed(1)

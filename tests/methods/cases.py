@@ -12,6 +12,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ssr": {"router": {"probability": 0.5}},
     "compete_smoe": {"competition": {"rate": 0.5}},
     "stablemoe": {"router": {"stage1_fraction": 0.5}},
+    "simsmoe": {"regularisers": {"cka_shared": 0, "cka_threshold": 0.0}},
     # Four experts' two dimensions leave some token so near the origin that its angle's gradient has four digits alone.
     "xmoe": {"router": {"dimension": 8}},
     "xmoe_sigmoid": {"router": {"dimension": 8}},

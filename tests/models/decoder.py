@@ -25,6 +25,8 @@ SIZES = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,  # large enough for routing and attention to be far from uniform
 }
+# A float64 model's angles are float32, whose sines may round otherwise in a tensor of another length.
+ROTARY = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def tiny(method: str = "smoe", router: dict[str, Any] | None = None, **given: Any) -> S2MoEForCausalLM:

@@ -99,7 +99,7 @@ def test_noise_can_be_switched_off(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     quiet = load_pretrained(S2MoEForCausalLM, tmp_path, changes={"moe": {"stochastic": {"enabled": False}}})
     ids = torch.randint(0, 32, (2, 9))
-    assert quiet.eval()(input_ids=ids).logits.equal(model(input_ids=ids).logits)
+    torch.testing.assert_close(quiet.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
     assert "noise_std" not in quiet.train()(input_ids=ids).routing[0].values
     quiet.save_pretrained(tmp_path / "quiet")
     with pytest.raises(ConfigError, match="mix_gate"):
@@ -117,7 +117,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     S2MoEForCausalLM(config()).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.layers\.2"):
         load_pretrained(S2MoEForSequenceClassification, tmp_path, changes={"num_hidden_layers": 3})
-    with pytest.raises(ConfigError, match="unexpected"):
+    with pytest.raises(ConfigError, match="has no place for"):
         load_pretrained(S2MoEForSequenceClassification, tmp_path, changes={"num_hidden_layers": 1})
     with pytest.raises(ConfigError, match="bogus"):
         load_pretrained(S2MoEForSequenceClassification, tmp_path, changes={"moe": {"bogus": 1}})

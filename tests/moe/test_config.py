@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from s2moe.models.vision.vit_config import VMoEConfig
 from s2moe.moe.config import MoEConfig, resolve_moe
 from s2moe.moe.layer import SMoELayer, build_layer
 from s2moe.moe.methods import METHODS
@@ -48,8 +49,9 @@ def test_what_is_given_overrides_the_method() -> None:
         ({"stochastic": {"temprature": 1.0}}, r"stochastic: unknown key 'temprature', did you mean 'temperature'"),
         ({"method": "s2mo"}, r"unknown method 's2mo', did you mean 's2moe'"),
         ({"router": {"name": "topp"}}, r"unknown router 'topp', did you mean 'topk'"),
-        ({"method": "gshard", "router": {"name": "ssr"}}, r"'gshard' sets second_choice, .* of the router 'topk'"),
-        ({"method": "compete_smoe", "router": {"name": "xmoe"}}, r"affinities into the logits of a linear router"),
+        ({"method": ["smoe"]}, r"unknown method \['smoe'\]"),
+        ({"router": {"name": []}}, r"unknown router \[\]"),
+        ({"competition": {"enabled": True}, "router": {"name": "xmoe"}}, r"affinities into the logits of a linear rou"),
         ({"expert_form": "glu"}, r"moe.expert_form: must be one of gated, mlp"),
         ({"activation": "tanh"}, r"moe.activation: must be one of silu"),
         ({"router": {"combine": "softmax"}}, r"router.combine: must be one of"),
@@ -71,6 +73,58 @@ def test_what_is_given_overrides_the_method() -> None:
 def test_errors_name_the_key_and_the_remedy(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_moe(given)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_router_beside_a_method_is_taken_as_it_is_or_refused_by_both_names(method: str, name: str) -> None:
+    """Never the method's settings for its own router on another one, nor one of the two in silence."""
+    settings = METHODS[method].defaults(4)
+    own = settings["router"]["name"]
+    given: dict[str, Any] = {"method": method, "num_experts": 4, "router": {"name": name}}
+    if name == "base":
+        given["experts_per_token"] = 1
+    if own == name:
+        assert resolve_moe(given).title() == method
+        assert resolve_moe(given) == resolve_moe({k: v for k, v in given.items() if k != "router"})
+    elif not METHODS[method].any_router:
+        with pytest.raises(ValueError, match=rf"^method={method} .* the router '{own}', and router\.name={name} is "):
+            resolve_moe(given)
+    elif ROUTERS[name].refuses_noise and "stochastic" in settings:
+        with pytest.raises(ValueError, match=rf"\(S2MoE\) cannot use the router '{name}'"):
+            resolve_moe(given)
+    elif "cka_loss" in settings.get("regularisers", {}) and name == "base":
+        with pytest.raises(ValueError, match="experts_per_token=2"):
+            resolve_moe(given)
+    else:
+        config = resolve_moe(given)
+        assert config.router == {"name": name, **asdict(ROUTERS[name].Options())}
+        assert config.title() == f"{method}, router {name}"  # what tables, plans and cards call it
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_without_a_method_is_that_router_alone(name: str) -> None:
+    config = resolve_moe({"num_experts": 4, "router": {"name": name}})
+    assert config == resolve_moe({"num_experts": 4, "method": "smoe", "router": {"name": name}})
+    assert config.router == {"name": name, **asdict(ROUTERS[name].Options())}
+    assert not config.stochastic.enabled
+    if not ROUTERS[name].keeps_history:  # of a text
+        vision = VMoEConfig(moe={"router": {"name": name}, "experts_per_token": 1 if name == "base" else 2})
+        assert vision.moe["method"] == ("vmoe" if name == "vmoe" else "smoe")
+        assert vision.moe["router"].items() >= asdict(ROUTERS[name].Options()).items()
+
+
+def test_without_either_the_default_method_holds() -> None:
+    assert resolve_moe({}).method == resolve_moe({"router": {"z_loss": 0.1}}).method == "s2moe"
+    assert VMoEConfig(moe={"router": {"noise": 2.0}}).moe["method"] == "vmoe"
+
+
+@pytest.mark.parametrize(("method", "name"), [("stablemoe", "topk"), ("gshard", "topk"), ("ssr", "xmoe")])
+def test_a_saved_configuration_with_another_router_is_still_read(method: str, name: str) -> None:
+    """As earlier versions accepted and wrote it: config.json and checkpoints hold every option."""
+    saved = asdict(resolve_moe({"method": "smoe", "num_experts": 6, "router": {"name": name}}))
+    read = resolve_moe({**saved, "method": method})
+    assert asdict(read) == {**saved, "method": method}
 
 
 @pytest.mark.parametrize(

@@ -118,22 +118,25 @@ def noisy_topk(made: SMoELayer, x_TD: Tensor, train: bool, real: Mask) -> Answer
     return Answer(choices, {"importance_loss": 0.1 * importance, "load_loss": 0.1 * load})
 
 
-def loss_free(made: SMoELayer, x_TD: Tensor, train: bool, real: Mask, scale: float = 1.0) -> Answer:
-    """s = sigmoid(W x); the top 2 of s + b; weight s / Σ of the chosen s, without b; no loss."""
-    choices = []
-    for x_D in x_TD:
-        s_E = 1 / (1 + torch.exp(-(made.router.scores.weight @ x_D)))
-        chosen = reference.best(s_E + made.router.bias_E, 2)
-        choices.append([(e, scale * s_E[e] / sum(s_E[i] for i in chosen)) for e in chosen])
-    return Answer(choices, {})
+def biased(made: SMoELayer, x_D: Tensor) -> tuple[Tensor, list[int]]:
+    """s = sigmoid(W x), and the top 2 of s + b."""
+    s_E = 1 / (1 + torch.exp(-(made.router.scores.weight @ x_D)))
+    return s_E, reference.best(s_E + made.router.bias_E, 2)
+
+
+def loss_free(made: SMoELayer, x_TD: Tensor, train: bool, real: Mask) -> Answer:
+    """Wang et al., section 3: g_i = s_i where s_i + b_i is among the top 2, else 0; no loss."""
+    scored = [biased(made, x_D) for x_D in x_TD]
+    return Answer([[(e, s_E[e]) for e in chosen] for s_E, chosen in scored], {})
 
 
 def deepseek_v3(made: SMoELayer, x_TD: Tensor, train: bool, real: Mask) -> Answer:
-    """loss_free with weights times 2.5 and 1e-4 · mean over sequences of Σ_i f_i P_i.
+    """Eqs. 12 to 20: g_i = 2.5 s_i / Σ of the chosen s, without b; 1e-4 · mean over sequences of Σ_i f_i P_i.
 
     f_i = E / (K S) Σ_t 1(s_ti among the top K of s_t), P_i = 1/S Σ_t s_ti / Σ_j s_tj, over the sequence's tokens.
     """
-    choices = loss_free(made, x_TD, train, real, scale=2.5).choices
+    scored = [biased(made, x_D) for x_D in x_TD]
+    choices = [[(e, 2.5 * s_E[e] / sum(s_E[i] for i in chosen)) for e in chosen] for s_E, chosen in scored]
     if not train:
         return Answer(choices, {})
     total, sequences = torch.zeros(()), 0

@@ -41,7 +41,7 @@ def router(k: int = E, experts: int = E, train: bool = True, **options: Any) -> 
 
 
 def published(mode: str, step: int, steps: int, least: int, most: int) -> int:
-    """k_t as the authors' code computes it, one formula a mode, from the fewest and the most experts."""
+    """k_t as the authors' code computes it for 16 experts, one formula a mode, held within the fewest and the most."""
     if mode == "linear_increase":
         return round((most - least) * step / steps) + least
     if mode == "linear_decrease":
@@ -53,24 +53,42 @@ def published(mode: str, step: int, steps: int, least: int, most: int) -> int:
     if mode == "exponential_increase":
         return round((least - most) * 0.99 ** (step // (steps // 300))) + most
     ladder = [1, 2, 4, 8, 16] if mode == "steps_increase" else [16, 8, 4, 2, 1]
-    return ladder[int(5 * step / steps)]
+    return min(max(ladder[int(5 * step / steps)], least), most)
 
 
-FORMULAS = ("linear_increase", "linear_decrease", "cosine_increase", "cosine_decrease", "exponential_increase")
-CASES = [(mode, least, most) for mode in FORMULAS for least, most in ((8, 16), (1, 16), (2, 5))]
-CASES += [("steps_increase", 1, 16), ("steps_decrease", 1, 16)]
+MODES = (
+    "linear_increase",
+    "linear_decrease",
+    "cosine_increase",
+    "cosine_decrease",
+    "exponential_increase",
+    "steps_increase",
+    "steps_decrease",
+)
 
 
-@pytest.mark.parametrize(("mode", "least", "most"), CASES)
-def test_schedules_are_the_published_ones(mode: str, least: int, most: int) -> None:
+@pytest.mark.parametrize("steps", [300, 600, 1000, 899])
+@pytest.mark.parametrize(("least", "most"), [(8, 16), (1, 16), (2, 5)])
+@pytest.mark.parametrize("mode", MODES)
+def test_schedules_are_the_published_ones(mode: str, least: int, most: int, steps: int) -> None:
     schedule, direction = mode.split("_")
     first, last = (least, most) if direction == "increase" else (most, least)
     made = router(last, 16, schedule=schedule, first_experts=first)
-    chosen = [made.choices(RoutingContext(step=step, steps=600)) for step in range(600)]
-    assert chosen == [published(mode, step, 600, least, most) for step in range(600)]
+    chosen = [made.choices(RoutingContext(step=step, steps=steps)) for step in range(steps)]
+    assert chosen == [published(mode, step, steps, least, most) for step in range(steps)]
     assert chosen[0] == first
-    assert made.choices(RoutingContext(step=600, steps=600)) == last
-    assert made.choices(RoutingContext(step=9999, steps=600)) == last
+    assert made.choices(RoutingContext(step=steps, steps=steps)) == last
+    assert made.choices(RoutingContext(step=9999, steps=steps)) == last
+
+
+def test_the_exponential_schedule_of_a_short_run_has_the_same_curve() -> None:
+    """Below 300 steps the authors' code divides by zero."""
+    made = router(16, 16, schedule="exponential", first_experts=1)
+    short, long = (
+        [made.choices(RoutingContext(step=step, steps=steps)) for step in range(0, steps, steps // 60)]
+        for steps in (60, 600)
+    )
+    assert short == long
 
 
 def test_published_default_is_8_to_16_experts_linearly() -> None:
@@ -82,15 +100,24 @@ def test_published_default_is_8_to_16_experts_linearly() -> None:
     assert sum(chosen) / 1600 == pytest.approx(12, abs=0.01)
 
 
-def test_doubling_between_other_numbers() -> None:
-    def visited(first: int, last: int) -> list[int]:
-        made = router(last, 16, schedule="steps", first_experts=first)
-        return [made.choices(RoutingContext(step=step, steps=12)) for step in range(12)]
-
-    assert visited(8, 16) == [8] * 6 + [16] * 6
-    assert visited(3, 10) == [3] * 4 + [6] * 4 + [10] * 4
-    assert visited(10, 3) == [10] * 4 + [6] * 4 + [3] * 4
-    assert visited(4, 4) == [4] * 12
+@pytest.mark.parametrize(
+    ("experts", "first", "last", "want"),
+    [
+        (16, 8, 16, [8, 8, 8, 8, 16]),
+        (16, 3, 10, [3, 3, 4, 8, 10]),
+        (16, 10, 3, [10, 8, 4, 3, 3]),
+        (16, 4, 4, [4, 4, 4, 4, 4]),
+        (8, 1, 8, [1, 2, 4, 8]),
+        (6, 1, 6, [1, 2, 4, 6]),
+        (1, 1, 1, [1]),
+    ],
+)
+def test_stays_at_powers_of_two_held_between_two_numbers(experts: int, first: int, last: int, want: list[int]) -> None:
+    made = router(last, experts, schedule="steps", first_experts=first)
+    steps = len(want) * 3
+    visited = [made.choices(RoutingContext(step=step, steps=steps)) for step in range(steps)]
+    assert visited == [k for k in want for _ in range(3)]
+    assert made.mean_choices(training=True) == pytest.approx(sum(want) / len(want))
 
 
 def test_given_schedule_steps_take_the_place_of_the_runs() -> None:

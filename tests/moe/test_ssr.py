@@ -167,10 +167,10 @@ def test_noise_is_of_ordinary_training_steps_alone() -> None:
 
     for other in (plain, noisy):
         other.eval()
-    assert torch.equal(noisy(hidden_TD, context).weight_N, plain(hidden_TD, context).weight_N)
+    torch.testing.assert_close(noisy(hidden_TD, context).weight_N, plain(hidden_TD, context).weight_N)
     for other in (plain, noisy):
         other.train().options.probability = 1.0
-    assert torch.equal(noisy(hidden_TD, context).weight_N, plain(hidden_TD, context).weight_N)
+    torch.testing.assert_close(noisy(hidden_TD, context).weight_N, plain(hidden_TD, context).weight_N)
 
 
 def test_statistics_have_the_same_names_on_both_kinds_of_steps() -> None:

@@ -100,7 +100,8 @@ def test_large_logits_in_float32(scale: float) -> None:
     cost_TE = cost(64, scale=scale).float()
     v_E, plan_TE = sinkhorn(cost_TE, 20), plan(cost_TE)
     torch.testing.assert_close(plan_TE.sum(-1), torch.ones(64))
-    torch.testing.assert_close(v_E.double(), sinkhorn(cost_TE.double(), 20), rtol=1e-4, atol=1e-6 * scale)
+    # Twenty iterations round scores of several times the scale about four times each, by 1e-7.
+    torch.testing.assert_close(v_E.double(), sinkhorn(cost_TE.double(), 20), rtol=1e-4, atol=3e-5 * scale)
     if scale == 1:
         assert column_error(plan_TE) < 1e-5
 

@@ -152,6 +152,32 @@ def test_capacity_of_eight_images_of_fifty_tokens(factor: float, rounding: str, 
     assert group_capacity(factor, 2, 8, torch.tensor([8 * 50]), rounding).tolist() == [want]
 
 
+@pytest.mark.parametrize("rounding", ["round", "multiple_of_4"])
+def test_an_expert_has_a_place_in_every_group_with_a_token(rounding: str) -> None:
+    least = {"round": 1, "multiple_of_4": 4}[rounding]
+    assert group_capacity(0.01, 2, 8, torch.tensor([50, 1, 0]), rounding).tolist() == [least, least, 0]
+
+
+@pytest.mark.parametrize("given", [{}, {"group_size": 1}, {"group_size": 4}], ids=str)
+def test_a_capacity_of_nothing_is_refused_in_training_and_one_place_at_inference(given: dict[str, Any]) -> None:
+    """Else no expert would compute or learn anything, and nobody would notice."""
+    tokens = min(given.get("group_size", B), B) * S
+    factor = 0.5 * E / (2 * tokens)  # half a place, which is rounded to none
+    made = router(capacity_factor=factor, inference_capacity=factor, **given)
+    context = RoutingContext(sequences=B)
+    with pytest.raises(
+        ValueError, match=rf"leaves an expert 0\.5 places of a routing group of {tokens} tokens.*group_siz"
+    ):
+        made(hidden(), context)
+    made.eval()
+    routing = made(hidden(), context)
+    assert routing.stats["capacity"].item() == 1
+    assert 0 < routing.counts_E.max().item() <= -(-B * S // tokens)  # one in each group
+    made = router(capacity_factor=factor * 1.01, **given)
+    assert made(hidden(), context).counts_E.sum() > 0  # rounded to one
+    router(capacity_factor=factor, rounding="multiple_of_4", **given)(hidden(), context)
+
+
 GATES = torch.tensor([[0.4, 0.0, 0.2], [0.5, 0.1, 0.4], [0.3, 0.2, 0.6]])
 VANILLA = [{(0, 0), (2, 1)}, {(0, 1), (2, 2)}, {(2, 0), (0, 2)}]
 PRIORITIZED = [{(0, 1), (2, 2)}, {(0, 0), (2, 1)}, {(2, 0), (0, 2)}]

@@ -17,7 +17,7 @@ from s2moe.moe.routers import ROUTERS
 from s2moe.moe.routers.xmoe import XMoERouter
 from s2moe.moe.routing import RoutingContext
 from s2moe.parallel.deepspeed_compat import optimizer_groups
-from tests.models.decoder import tiny
+from tests.models.decoder import ROTARY, tiny
 from tests.moe import reference
 
 T, D, E = 10, 6, 5
@@ -297,4 +297,4 @@ def test_decoding_with_the_cache_equals_a_full_pass(method: str) -> None:
         out = model(piece, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         pieces.append(out.logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits, **ROTARY)

@@ -123,22 +123,26 @@ def test_far_points_at_a_small_temperature_stay_finite() -> None:
     assert torch.isfinite(value_MD.grad).all()
 
 
-def test_the_optimised_temperature_lowers_the_loss_step_by_step() -> None:
+@pytest.mark.parametrize("form", ["exact", "eps"])
+def test_the_optimised_temperature_lowers_its_own_form_of_the_loss_step_by_step(form: str) -> None:
     value_MD = torch.randn(12, 4, dtype=torch.float64)
     label_M = torch.arange(12) % 3
+    label_M[-1] = 9  # an anchor without another row of its class, which counts in one of the forms
     value_MD[:, 0] += label_M * 2
     distance_MM = pairwise_distance(value_MD, SQUARED)
-    losses = [
-        entanglement(distance_MM, label_M, optimised_temperature(distance_MM, label_M, 50.0, steps)).item()
-        for steps in (0, 1, 5, 50)
-    ]
+
+    def temperature(steps: int) -> Tensor:
+        return optimised_temperature(distance_MM, label_M, 50.0, steps, form=form)
+
+    losses = [entanglement(distance_MM, label_M, temperature(steps), form=form).item() for steps in (0, 1, 5, 50)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 1e-3
 
-    inverse = torch.ones(1, dtype=torch.float64, requires_grad=True)  # one step by hand
-    (slope,) = torch.autograd.grad(formula(value_MD, label_M, 50.0 / inverse, SQUARED, "exact").sum(), inverse)
-    want = 50.0 / (1 - 0.1 * slope)
-    torch.testing.assert_close(optimised_temperature(distance_MM, label_M, 50.0, 1), want)
+    inverse = torch.ones(1, dtype=torch.float64, requires_grad=True)  # two steps by hand
+    for steps in (1, 2):
+        (slope,) = torch.autograd.grad(formula(value_MD, label_M, 50.0 / inverse, SQUARED, form).sum(), inverse)
+        inverse = (inverse.detach() - 0.1 * slope).requires_grad_()
+        torch.testing.assert_close(temperature(steps), 50.0 / inverse.detach())
 
 
 def test_distances_of_points_far_from_the_origin_are_exact() -> None:

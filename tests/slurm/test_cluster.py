@@ -111,7 +111,7 @@ def run(cluster: Cluster, tmp_path: Path) -> Run:
 
 def test_a_training_on_two_nodes(uninterrupted: Run) -> None:
     assert [event["step"] for event in uninterrupted.metrics() if "train/loss" in event] == list(range(1, STEPS + 1))
-    assert "bits per character" in uninterrupted.rank(0)
+    assert "bits per byte" in uninterrupted.rank(0)
     assert uninterrupted.rank(1).count("error") == 0
     assert "MASTER_ADDR=127.0.0.1\n" in uninterrupted.output()
     assert "2 nodes x 1 processes x 1 threads" in uninterrupted.output()

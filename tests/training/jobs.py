@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def tiny_run(directory: Path) -> tuple[str, list[str]]:
     path = directory / "tiny.yaml"
     path.write_text(TINY, encoding="utf-8")
     return str(path), [f"data.dir={corpus}", f"output_dir={directory / 'runs'}"]
+
+
+def contents(place: Path) -> dict[str, str]:
+    """Checksums of all files of a directory, or of the file at that place."""
+    files = [path for path in [place, *place.rglob("*")] if path.is_file()]
+    return {str(path.relative_to(place.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def train(config_path: str, overrides: list[str], poison: tuple[int, int, str] | None = None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def save_twice(folder: str) -> str:
     save(OwnFile(), Path("checkpoints"), TrainingState(step=1), keep=1)
     enter(folder, apart=True)
     try:
-        save(OwnFile(), Path("checkpoints"), TrainingState(step=2), keep=1)
+        save(OwnFile(), Path("checkpoints"), TrainingState(step=2), keep=1, saved=1)
     except TrainingError as error:
         return str(error)
     return "saved"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -51,3 +52,21 @@ def stopped(config_path: str, overrides: list[str], place: str, call: int, victi
         "saved": [found.state.step for found in list_complete(Path(config.directory) / "checkpoints")],
         "received": stop_signal(),
     }
+
+
+def killed_in_validation(config_path: str, overrides: list[str], call: int) -> list[int]:
+    """Train until the given validation (from 1), which ends the run; the steps of its checkpoints."""
+    config = load(RunConfig, config_path, overrides)
+    processes = start_processes()
+    original, calls = language.evaluate, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise SystemExit
+        return original(*args, **kwargs)
+
+    with mock.patch.object(language, "evaluate", counted), contextlib.suppress(SystemExit):
+        run_module.pretrain(config, processes)
+    return [found.state.step for found in list_complete(Path(config.directory) / "checkpoints")]

@@ -153,9 +153,12 @@ def test_damaged_newest_is_refused_aloud_and_the_one_before_is_used(tmp_path: Pa
 
 def test_a_full_disk_is_one_error_and_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(FakeEngine(), tmp_path, TrainingState(step=1), keep=1)
-    message = r"cannot write the checkpoint step-2: .*No space left on device; the last complete checkpoint is intact"
-    with pytest.raises(TrainingError, match=message):
-        save(FakeEngine(full=True), tmp_path, TrainingState(step=2), keep=1)
+    message = r"cannot write the checkpoint step-2: .*b\.pt: No space left on device: make room; "
+    with pytest.raises(TrainingError, match=f"{message}the checkpoint of step 1 is intact: the same command continues"):
+        save(FakeEngine(full=True), tmp_path, TrainingState(step=2), keep=1, saved=1)
+    with pytest.raises(TrainingError, match=f"{message}there is no checkpoint yet: the same command begins anew"):
+        save(FakeEngine(full=True), tmp_path / "new", TrainingState(step=2), keep=1)
+    (tmp_path / "new").rmdir()
     assert names(tmp_path) == ["step-00000001"]
 
     def fail(*_: Any) -> None:

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from s2moe.data import TokenStream
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
-from s2moe.training.evaluation import Protocol, attention_mask, evaluate, gather_windows
+from s2moe.training.evaluation import PROTOCOLS, Protocol, attention_mask, evaluate, gather_windows
 from s2moe.training.windows import block_windows, lane_windows, sliding_windows
 
 CPU = torch.device("cpu")
 VOCABULARY = 11
 
 
-class Stream(np.ndarray):
-    """Tokens that stand for `symbols` symbols."""
-
-    symbols: float
-
-
-def stream(tokens: int, symbols_per_token: float = 1.0) -> Stream:
-    values = np.random.default_rng(0).integers(0, VOCABULARY, tokens).astype(np.uint8).view(Stream)
-    values.symbols = tokens * symbols_per_token
-    return values
+def stream(tokens: int, symbols_V: Any = None) -> TokenStream:
+    """Random tokens, which stand for one symbol each unless ``symbols_V`` says for how many."""
+    values = np.random.default_rng(0).integers(0, VOCABULARY, tokens).astype(np.uint8)
+    return TokenStream("valid", values, tokens, symbols_V=symbols_V)
 
 
 def small_model(positions: int = 64) -> S2MoEForCausalLM:
@@ -46,7 +42,7 @@ def small_model(positions: int = 64) -> S2MoEForCausalLM:
 
 
 @torch.no_grad()
-def bits_of(model: nn.Module, tokens: np.ndarray, position: int, start: int) -> float:
+def bits_of(model: nn.Module, tokens: Any, position: int, start: int) -> float:
     """Cost of one symbol, given those from `start` on: one forward pass, the last prediction."""
     context = torch.from_numpy(tokens[start:position].astype(np.int64))[None]
     log_prob = model(input_ids=context, use_cache=False).logits[0, -1].double().log_softmax(-1)
@@ -73,8 +69,7 @@ def test_result_does_not_depend_on_the_batch_size() -> None:
 
 def test_only_the_first_symbols() -> None:
     model, data = small_model(), stream(60)
-    shorter = data[:23].view(Stream)
-    shorter.symbols = 23
+    shorter = TokenStream("valid", data[:23], 23)
     protocol = Protocol(context=8, segment=8, batch=4)
     limited = evaluate(model, data, VOCABULARY, Protocol(context=8, segment=8, batch=4, max_symbols=23), CPU)
     assert limited == evaluate(model, shorter, VOCABULARY, protocol, CPU)
@@ -83,9 +78,41 @@ def test_only_the_first_symbols() -> None:
 def test_symbols_need_not_be_tokens() -> None:
     model, protocol = small_model(), Protocol(context=8, segment=8)
     one = evaluate(model, stream(40), VOCABULARY, protocol, CPU)
-    four = evaluate(model, stream(40, symbols_per_token=4.0), VOCABULARY, protocol, CPU)
+    four = evaluate(model, stream(40, np.full(VOCABULARY, 4)), VOCABULARY, protocol, CPU)
     assert four.symbols == 160
     assert four.bits_per_symbol == pytest.approx(one.bits_per_symbol / 4)
+
+
+class Uniform(nn.Module):
+    """Knows nothing: a token costs log2(V) bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCABULARY))
+
+
+@pytest.mark.parametrize("most", [None, 1, 5000])
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_symbols_of_the_scored_tokens_are_counted(name: str, most: int | None) -> None:
+    """However unevenly they are spread over the tokens, and whichever of those a protocol leaves out."""
+    symbols_V = np.array([0, 1, 1, 1, 2, 3, 4, 5, 6, 9, 12])
+    data, protocol = stream(8 * 600, symbols_V), Protocol(name, context=64, segment=100, batch=64, max_symbols=most)
+    counts = np.cumsum(symbols_V[data[:]])
+    total = len(data) if most is None else int(np.count_nonzero(counts <= most))
+    scored = {position for _, first, end in protocol.windows(total) for position in range(first, end)}
+    if name == "sliding":
+        scored.add(0)
+    symbols = int(symbols_V[data[:]][sorted(scored)].sum())
+    if total < 2 or not len(protocol.windows(total)) or not symbols:
+        with pytest.raises(ValueError, match=r"too short for the protocol|do not complete one symbol"):
+            evaluate(Uniform(), data, VOCABULARY, protocol, CPU)
+        return
+    score = evaluate(Uniform(), data, VOCABULARY, protocol, CPU)
+    assert (score.tokens, score.symbols) == (len(scored), symbols)
+    assert score.bits_per_symbol == pytest.approx(len(scored) * math.log2(VOCABULARY) / symbols)
 
 
 def test_attention_window_equals_a_model_that_sees_no_further() -> None:
@@ -136,7 +163,7 @@ def test_every_symbol_once_with_its_context() -> None:
 def test_contaminated_context_equals_a_loop_over_symbols(tokens: int) -> None:
     """Each symbol's cost is that of the clean one, after what the model reads instead of those before it."""
     model, clean, context, segment = small_model(), stream(tokens), 12, 8
-    read = clean.copy()
+    read = clean[:].copy()
     read[::3] = 0
     bits = [math.log2(VOCABULARY)]
     for position in range(1, tokens):
@@ -146,11 +173,11 @@ def test_contaminated_context_equals_a_loop_over_symbols(tokens: int) -> None:
             log_prob = model(input_ids=ids, use_cache=False).logits[0, -1].double().log_softmax(-1)
         bits.append(-float(log_prob[int(clean[position])]) / math.log(2))
     protocol = Protocol(context=context, segment=segment, batch=3)
-    score = evaluate(model, clean, VOCABULARY, protocol, CPU, contaminated=np.asarray(read))
+    score = evaluate(model, clean, VOCABULARY, protocol, CPU, contaminated=read)
     assert score.bits_per_symbol == pytest.approx(sum(bits) / tokens, rel=1e-6)
     assert score.symbols == tokens
     plain = evaluate(model, clean, VOCABULARY, protocol, CPU)
-    assert evaluate(model, clean, VOCABULARY, protocol, CPU, contaminated=np.asarray(clean)) == plain
+    assert evaluate(model, clean, VOCABULARY, protocol, CPU, contaminated=clean[:]) == plain
     assert score != plain
 
 

@@ -74,12 +74,12 @@ def test_heat_map_has_a_cell_per_expert() -> None:
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    console = Console(steps=10, stream=stream)
+    console = Console(steps=10, stream=stream, symbol="byte")
     console.step()
     console.event(5, {"train/loss": 1.5, "train/bpc": 2.0, "tokens_per_second": 12345.6, "mfu": None, "lr": 1e-3})
     console.close()
     line = stream.getvalue()
-    assert line.startswith("step 5/10  loss 1.5000  bpc 2.0000  12,346 tok/s  lr 1.00e-03  ")
+    assert line.startswith("step 5/10  loss 1.5000  bits/byte 2.0000  12,346 tok/s  lr 1.00e-03  ")
     assert line.endswith(" left\n")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from s2moe.config import load
 from s2moe.config.run import RunConfig
+from s2moe.training import metrics_log
 from s2moe.training.routing_totals import LayerTotals
 from s2moe.training.run_log import RunLog
 
@@ -29,6 +31,30 @@ def test_pictures_histograms_and_scalars(tmp_path: Path) -> None:
     assert [scalar.step for scalar in events.Scalars("train/loss")] == [4, 8, 12, 16, 20, 24]
     assert [scalar.value for scalar in events.Scalars("val/bpc")] == [2.0]
     assert events.Scalars("layer_1/gate_mean")[0].value == 0.5
+
+
+def test_the_closing_validation_has_tags_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the whole split after those of its first 200 bytes; where all are of the whole, they are one curve."""
+    path, overrides = tiny_run(tmp_path)
+    validations = ((3, {"val/bpc": 4.0, "val/symbols": 200}), (6, {"val/bpc": 2.0, "val/symbols": 600}))
+    for most, tags in (("200", {"val/bpc": [4.0], "val_whole/bpc": [2.0]}), ("null", {"val/bpc": [4.0, 2.0]})):
+        directory = tmp_path / most
+        directory.mkdir()
+        config = load(RunConfig, path, [*overrides, f"evaluation.max_symbols={most}"])
+        log = RunLog(config, directory, step=0, is_main=True, symbol="byte")
+        for step, values in validations:
+            log.validation(step, values)
+        log.close()
+        assert [event["val/bpc"] for event in metrics_log.read(directory / "metrics.jsonl")] == [4.0, 2.0]
+        events = EventAccumulator(str(directory / "tensorboard"))
+        events.Reload()
+        assert {tag for tag in events.Tags()["scalars"] if tag.endswith("bpc")} == set(tags)
+        assert {tag: [scalar.value for scalar in events.Scalars(tag)] for tag in tags} == tags
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [
+            "step 3: val bits/byte 4.0000",
+            "step 6: val bits/byte 2.0000" + ", of the whole split" * (most == "200"),
+        ]
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_train_then_evaluate_then_export(tmp_path: Path) -> None:
     result = start("--config", path, *overrides, "--local_rank=0", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "step 6/6  loss " in result.stderr
-    for part in ("valid: ", "bits per character (600 bytes, every one", "bzip2", "sample:\nThe ", "run directory:"):
+    for part in ("valid: ", "bits per byte (600 bytes, every one", "bzip2", "sample:\nThe ", "run directory:"):
         assert part in result.stdout
     run = tmp_path / "runs" / "tiny"
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]

@@ -160,6 +160,9 @@ def test_an_error_of_one_process_is_printed_by_that_process(
         ("n[2,4]", "n2"),
         ("rack[1-2]-ib,z", "rack1-ib"),
         ("a-1,b[3-4]", "a-1"),
+        ("n[01-02]-ib", "n01-ib"),
+        ("rack[0-63]_blade[0-41]", "rack0_blade0"),
+        ("r[1,3]c[2-4]n[7],x", "r1c2n7"),
     ],
 )
 def test_first_host(nodelist: str, host: str) -> None:

@@ -21,11 +21,13 @@ from s2moe.training.evaluation import Score
 from s2moe.training.metrics_log import read
 from s2moe.training.report import report
 from s2moe.training.run import Result, changes_of_shape
+from s2moe.training.run_directory import PRETRAINING, sign
 from s2moe.training.weights import Weights, find_weights, load_weights
-from tests.distributed_harness import run_distributed
+from tests.distributed_harness import DistributedError, run_distributed
 from tests.run_logs import reproducible_events
 
-from .jobs import DISK, GRADIENT, tiny_run
+from . import vision_jobs
+from .jobs import DISK, GRADIENT, contents, tiny_run
 
 TRAIN, SAYING = "tests.training.jobs:train", "tests.training.jobs:train_saying"
 
@@ -53,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_the_convention_says(finished: Path) -> None:
     directory = finished / "runs" / "whole"
-    names = {"config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints", "hf"}
+    names = {"run.json", "config.yaml", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints", "hf"}
     assert {path.name for path in directory.iterdir()} == names
     resolved = load(RunConfig, directory / "config.yaml")
     assert resolved.model["vocab_size"] == 256
@@ -90,7 +92,7 @@ def test_exported_directory_is_the_newest_checkpoint(finished: Path) -> None:
     checkpoint = load_weights(Weights(checkpoint=latest))
     ids = torch.randint(0, 256, (2, 16))
     with torch.no_grad():
-        assert torch.equal(exported(ids).logits, checkpoint(ids).logits)
+        torch.testing.assert_close(exported(ids).logits, checkpoint(ids).logits)
     assert json.loads((run_directory / "hf" / "training.json").read_text()) == {"run": "whole", "step": 6}
 
 
@@ -112,6 +114,23 @@ def test_finished_run_started_again_only_reports(finished: Path) -> None:
     assert (answer["step"], answer["finished"]) == (6, True)
     assert answer["bpc"] == pytest.approx(before[-1]["val/bpc"])
     assert events(finished, "whole") == before
+
+
+def test_finished_run_without_checkpoints_says_so_and_other_runs_keep_off(finished: Path, tmp_path: Path) -> None:
+    directory = finished / "runs" / "whole"
+    kept = (directory / "checkpoints").rename(tmp_path / "checkpoints")
+    try:
+        before = contents(directory)
+        assert run(finished, "name=whole") == {"step": 6, "finished": True, "bpc": None}
+        assert (
+            "no checkpoint is left to continue from to step 7"
+            in run(finished, "name=whole", "training.steps=7")["error"]
+        )
+        with pytest.raises(DistributedError, match="whole is of a pre-training run, 'whole', and this is a vision run"):
+            run_distributed(vision_jobs.run, 1, str(finished / "runs"), {"name": "whole"})
+        assert contents(directory) == before
+    finally:
+        kept.rename(directory / "checkpoints")
 
 
 def test_damaged_newest_checkpoint_falls_back(finished: Path) -> None:
@@ -202,7 +221,7 @@ def test_a_full_disk_on_one_rank_ends_both_with_one_error(finished: Path) -> Non
     answers = run_distributed(TRAIN, 2, path, overrides, (1, 3, DISK))
     assert answers[0] == answers[1]
     assert "cannot write the checkpoint step-" in answers[0]["error"]
-    assert "No space left on device; the last complete checkpoint is intact" in answers[0]["error"]
+    assert "No space left on device: make room; there is no checkpoint yet" in answers[0]["error"]
     assert not list((finished / "runs" / "full" / "checkpoints").glob(".tmp-*"))
     assert run_distributed(TRAIN, 2, path, overrides, None)[0]["finished"]
 
@@ -290,6 +309,7 @@ def test_fewer_steps_than_done_are_refused(finished: Path) -> None:
 def test_results_of_an_attempt_without_checkpoint_go(finished: Path) -> None:
     directory = finished / "runs" / "again"
     (directory / "hf").mkdir(parents=True)
+    sign(directory, PRETRAINING, "again")
     (directory / "curves.png").write_text("old")
     assert not run(finished, "name=again", "training.stop_after_minutes=1e-9")["finished"]
     assert not (directory / "hf").exists()

@@ -157,7 +157,7 @@ def test_a_checkpoint_whose_files_one_process_does_not_see_is_not_published(tmp_
     host, folder = socket.gethostname(), tmp_path / "machine0" / "checkpoints"
     assert answers[0] == (
         f"cannot write the checkpoint step-2: rank 0 on {host} does not find in {folder / '.tmp-step-2'}: rank_1.pt of "
-        f"rank 1 on {host}; the last complete checkpoint is intact: give an output_dir on a file system that all "
-        "processes see, and the same command continues from there"
+        f"rank 1 on {host}: give an output_dir on a file system that all processes see; the checkpoint of step 1 is "
+        "intact: the same command continues from there"
     )
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from launcher import common
+from s2moe.training import signals
 from s2moe.training.checkpoint import list_complete
-from s2moe.training.signals import STOPPED
+from s2moe.training.signals import STOPPED, catch_stop_signals, losing, loss, stop_signal
 from tests.distributed_harness import run_distributed
+from tests.forked import Ended, forked
 
 from . import signal_jobs
 from .jobs import tiny_run, train
@@ -71,6 +77,112 @@ def test_a_signal_in_the_last_step_does_not_unfinish_the_run(tmp_path: Path) -> 
         assert (result["finished"], result["signalled"], result["step"]) == (True, False, 2)
 
 
+# --- Ctrl-C, a closed terminal -----------------------------------------------------------------------
+
+
+def caught(action: Callable[[], Any], limit: float = 60.0) -> Ended:
+    """What `action` does in a process that catches signals, with a second Ctrl-C after 0.3 s."""
+
+    def child() -> None:
+        signals.AGAIN_SECONDS = 0.3
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        catch_stop_signals()
+        with losing(lambda: loss(7, 4)):
+            action()
+
+    return forked(child, limit=limit)
+
+
+def send(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        time.sleep(0.02)
+
+
+def print_received() -> None:
+    time.sleep(0.1)
+    received = stop_signal()
+    print(received.name if received else "none")
+
+
+def test_ctrl_c_and_a_closed_terminal_ask_to_stop() -> None:
+    ended = caught(lambda: (send(signal.SIGHUP), print_received()))
+    assert (ended.status, ended.output, ended.errors) == (0, "SIGHUP\n", "")
+    # From the terminal, and once more from each launcher that passes it on: one Ctrl-C all the same.
+    ended = caught(lambda: (send(signal.SIGINT, signal.SIGINT, signal.SIGTERM), print_received()))
+    assert (ended.status, ended.output) == (0, "SIGINT\n")
+    assert ended.errors.strip() == signals.HINT
+
+
+def wait_for_ever() -> None:
+    """As a collective does: no handler runs in this thread."""
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def test_a_second_ctrl_c_ends_the_process_wherever_it_waits() -> None:
+    def twice() -> None:
+        threading.Timer(0.2, send, [signal.SIGINT]).start()
+        threading.Timer(1.5, send, [signal.SIGINT]).start()
+        wait_for_ever()
+
+    ended = caught(twice)
+    assert ended.status == signals.INTERRUPTED == 130
+    assert ended.errors.split("\n")[-2] == (
+        "interrupted after step 7: the 3 steps since the checkpoint of step 4 will be done again by the same command"
+    )
+
+
+@pytest.mark.parametrize("number", signals.TERMINAL_SIGNALS)
+def test_what_nohup_ignores_stays_ignored(number: signal.Signals) -> None:
+    def child() -> None:
+        signal.signal(number, signal.SIG_IGN)
+        catch_stop_signals()
+        send(number)
+        print_received()
+
+    assert forked(child).output == "none\n"
+
+
+def test_what_is_lost() -> None:
+    assert "there is no checkpoint yet, and the same command begins anew" in loss(3, None)
+    assert "the same command continues from there" in loss(3, 3)
+    assert "the step since the checkpoint of step 2" in loss(3, 2)
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line() -> None:
+    def interrupted() -> None:
+        common._excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+    ended = forked(interrupted)
+    assert (ended.status, ended.errors) == (130, "interrupted: nothing had begun\n")
+
+
+# --- the last checkpoint comes before the last validation ----------------------------------------------
+
+
+@pytest.mark.distributed
+def test_killed_in_the_last_validation_nothing_is_done_again(uninterrupted: Path, tmp_path: Path) -> None:
+    path, overrides = tiny_run(tmp_path)
+    overrides += SETTINGS
+    for result in run_distributed(signal_jobs.killed_in_validation, 2, path, overrides, 2):
+        assert result == [4, 6]
+    resumed = run_distributed(train, 2, path, [*overrides, "checkpoint.resume=must"])[0]
+    assert resumed.get("finished"), resumed.get("error")
+    run = tmp_path / "runs" / "tiny"
+    assert figures(run) == figures(uninterrupted)
+    again = run_distributed(train, 2, path, overrides)[0]  # finished: it reports, and writes nothing twice
+    assert again["bpc"] == resumed["bpc"]
+    assert figures(run) == figures(uninterrupted)
+    ours, theirs = (load_file(directory / "hf" / "model.safetensors") for directory in (run, uninterrupted))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+# --- under the launchers ------------------------------------------------------------------------------
+
+
 LAUNCHERS = {
     "python": ([sys.executable], 1, STOPPED),
     "torchrun": ([str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node=2"], 2, 1),
@@ -81,7 +193,9 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_sigterm_to_the_launcher_saves_a_checkpoint(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_under_a_launcher_saves_a_checkpoint(tmp_path: Path, name: str, number: signal.Signals) -> None:
+    """SIGTERM to the process that starts the ranks; Ctrl-C and a closed terminal reach all that were started."""
     launcher, processes, status = LAUNCHERS[name]
     path, overrides = tiny_run(tmp_path)
     overrides += [*SETTINGS[1:], f"training.expert_parallel={processes}", "checkpoint.every=0", "evaluation.every=0"]
@@ -99,8 +213,17 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint(tmp_path: Path, name: str) -
             while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
                 assert process.poll() is None, (tmp_path / "output").read_text()
                 time.sleep(0.2)
-            os.kill(_launcher_of_ranks(process.pid) if name == "deepspeed" else process.pid, signal.SIGTERM)
-            assert process.wait(120) == status, (tmp_path / "output").read_text()
+            if number == signal.SIGTERM:
+                os.kill(_launcher_of_ranks(process.pid) if name == "deepspeed" else process.pid, number)
+            else:
+                os.killpg(process.pid, number)
+            ended = process.wait(120)
+            if number == signal.SIGTERM or name == "python":  # launchers have statuses of their own for the others
+                assert ended == status, (tmp_path / "output").read_text()
+            deadline = time.monotonic() + 60  # some do not wait for their processes
+            while "the same command continues" not in (tmp_path / "output").read_text():
+                assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+                time.sleep(0.2)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from launcher import compare
 from launcher.evaluate import parse
 from s2moe.config import ConfigError
 from s2moe.data import ByteTokenizer, CharacterTokenizer, CorpusError, SentencePieceTokenizer, write_corpus
 from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
+from s2moe.training.evaluation import Protocol
 from s2moe.training.export import write_hf
 from s2moe.training.standalone import evaluate_weights, export_checkpoint, find_device
 from s2moe.training.weights import Weights, find_weights
+from s2moe.training.windows import LEGACY_PROTOCOLS
 from tests.distributed_harness import run_distributed
 
 from .jobs import tiny_run
@@ -122,6 +125,56 @@ def test_impossible_corruptions(arguments: tuple[str, ...], message: str, capsys
     with pytest.raises(SystemExit):
         parse(["--checkpoint", "x", "--data", "y", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            (option, value, "--report")
+            for option, value in (
+                ("--out", "x"),
+                ("--against", "x"),
+                ("--slim", "1,2"),
+                ("--probe-tokens", "100"),
+                ("--probe-samples", "100"),
+            )
+        ),
+        *(
+            (option, "512", "--protocol sliding", "--protocol", protocol)
+            for option in ("--context", "--segment")
+            for protocol in LEGACY_PROTOCOLS
+        ),
+        ("--context", "512", "--protocol sliding", "--protocol", "l1", "--report", "collapse"),
+        ("--corrupt-seed", "0", "--corrupt"),
+    ],
+    ids=" ".join,
+)
+def test_options_without_their_partner(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """The default's value is refused too, since it was given."""
+    option, value, partner, *more = arguments
+    with pytest.raises(SystemExit) as ended:
+        parse(["--checkpoint", "x", "--data", "y", option, value, *more])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1
+    assert option in error
+    assert f"{'belong' if partner == '--corrupt' else 'belongs'} to {partner}" in error
+    if option in ("--context", "--segment"):
+        slim = ["slim", "--checkpoint", "x", "--data", "y", option, value, *more[:2]]
+        with pytest.raises(SystemExit):
+            compare.parse(slim)
+
+
+def test_a_protocol_with_sizes_of_its_own_is_recorded_without_those_of_another() -> None:
+    sizes = Protocol(context=8, segment=9, attention_window=4).settings()
+    assert sizes == {"name": "sliding", "context": 8, "segment": 9, "attention_window": 4}
+    assert Protocol("l1", 8, 9).settings() == {
+        "name": "l1",
+        "context": None,
+        "segment": None,
+        "attention_window": None,
+    }
 
 
 @pytest.mark.parametrize(

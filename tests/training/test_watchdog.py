@@ -23,7 +23,7 @@ def watched(seconds: float, moves: float | None) -> list[str]:
     """What a watchdog of 0.3 s says to a process that waits so long, and moves every so often."""
     said: list[str] = []
     with Watchdog(MINUTES, ALONE, said.append) as watchdog, watchdog.phase("training"):
-        watchdog.state.step = 7
+        watchdog.state.step, watchdog.saved = 7, lambda: 5
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(moves or seconds)
@@ -36,7 +36,7 @@ def test_it_says_once_where_nothing_goes_on() -> None:
     assert message.startswith(
         "no progress for 0.005 minutes (training.timeout_minutes) in training after step 7: there is no other process. "
     )
-    assert "the same command continues from there" in message
+    assert "The checkpoint of step 5 is intact: the same command continues from there" in message
 
 
 def test_it_says_nothing_while_something_goes_on() -> None:

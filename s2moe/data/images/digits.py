@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from s2moe.data.errors import CorpusError
 from s2moe.data.images.base import ImageSet, ImageSplit
 
 HELD_OUT = 5  # every fifth image of each class is for testing
@@ -16,6 +17,8 @@ HELD_OUT = 5  # every fifth image of each class is for testing
 
 def open_digits(source: Path | None = None, directory: Path | None = None) -> ImageSet:
     """1,442 / 355 digits; the split is fixed and has the same share of every class."""
+    if source is not None:
+        raise CorpusError(f"data.source: digits come with scikit-learn; leave {source} out")
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -12,7 +12,6 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,12 +20,11 @@ from typing import IO
 
 from tqdm import tqdm
 
-from s2moe.data.errors import CorpusError
+from s2moe.data.errors import DAMAGED, CorpusError
 
 BLOCK = 1 << 20
 TIMEOUT_SECONDS = 60
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".zip")
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def read_files(
         if md5 != official_md5:
             raise CorpusError(
                 f"{name} from {source or directory} has md5 {md5}, the official one {official_md5}: get it again, "
-                "or set official=false for another set like it"
+                "or set data.options={official: false} for another set like it"
             )
     return found
 
@@ -73,7 +71,7 @@ def require(found: Mapping[str, bytes], names: Iterable[str], where: Path | None
     """CorpusError that names the files that are not there."""
     missing = [name for name in names if name not in found]
     if missing:
-        raise CorpusError(f"{where or 'the download'} has no {', '.join(missing)}{remedy}; give a complete source")
+        raise CorpusError(f"{where or 'the download'} has no {', '.join(missing)}{remedy}; give a complete data.source")
 
 
 def local(source: Path | None, *names: str) -> Path | None:
@@ -81,7 +79,9 @@ def local(source: Path | None, *names: str) -> Path | None:
     if source is None:
         return None
     if not source.exists():
-        raise CorpusError(f"{source} does not exist; give a directory or archive of the official files, or no source")
+        raise CorpusError(
+            f"{source} does not exist; give data.source, a directory or archive of the official files, or leave it out"
+        )
     return next((source / name for name in names if (source / name).is_dir()), source)
 
 
@@ -103,7 +103,7 @@ def read_members(path: Path, wanted: Iterable[str]) -> dict[str, bytes]:
         for name, content in _open(path, wanted):
             found.setdefault(name, content)
         return found
-    except DAMAGED as error:
+    except (*DAMAGED, OSError) as error:
         raise CorpusError(f"{path} is damaged or cannot be read ({error}); get it again") from error
 
 
@@ -170,7 +170,9 @@ def fetch(file: Published, directory: Path) -> Path:
             return path
         except (OSError, http.client.HTTPException) as error:
             failures.append(f"{url}: {getattr(error, 'reason', None) or error}")
-    raise CorpusError(f"cannot download {file.name} ({'; '.join(failures)}); fetch it yourself and give its source")
+    raise CorpusError(
+        f"cannot download {file.name} ({'; '.join(failures)}); fetch it yourself and give data.source=PATH"
+    )
 
 
 def _download(url: str, part: IO[bytes], md5: str | None) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zipfile
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
-from s2moe.data.errors import CorpusError
+from s2moe.data.errors import DAMAGED, CorpusError
 from s2moe.data.images.base import Images, ImageSet, ImageSplit
 from s2moe.data.images.files import Published, fetch, local
 from s2moe.data.images.strokes import VERSION, Drawing, rasterise_cached, read_drawings, shape_drawings
@@ -24,7 +24,8 @@ SHAPES = ("face", "cat", "snowflake", "pencil", "eye")  # of Nikolic et al. 2025
 SIZE = 28
 HELD_OUT = 10
 _URL = "https://storage.googleapis.com/quickdraw_dataset/"
-_DAMAGED = (zipfile.BadZipFile, ValueError, EOFError, OSError, KeyError)
+_HEADER = (ValueError, KeyError, SyntaxError, tokenize.TokenError, MemoryError)  # numpy's, of one that claims anything
+_DAMAGED = (*DAMAGED, *_HEADER, OSError)
 
 
 def open_bitmaps(source: Path | None, directory: Path, classes: Sequence[str] | None = None) -> ImageSet:
@@ -33,6 +34,7 @@ def open_bitmaps(source: Path | None, directory: Path, classes: Sequence[str] | 
     Args:
         classes: which, in which order; None: all that a source has, the five shapes where they are downloaded.
     """
+    _require_different(classes)
     if source is None:
         wanted = tuple(classes or SHAPES)
         paths = {
@@ -43,11 +45,12 @@ def open_bitmaps(source: Path | None, directory: Path, classes: Sequence[str] | 
         }
         arrays = {name: _load(path) for name, path in paths.items()}
     else:
-        arrays = _bitmaps_at(source, classes)
+        arrays, present = _bitmaps_at(source, classes)
         wanted = tuple(classes or sorted(arrays))
-    missing = [name for name in wanted if name not in arrays]
-    if missing or not wanted:
-        raise CorpusError(f"{source} has no bitmaps of {', '.join(missing) or 'any class'}; it has {sorted(arrays)}")
+        missing = [name for name in wanted if name not in arrays]
+        if missing or not wanted:
+            there = ", ".join(sorted(present)) or "none"
+            raise CorpusError(f"{source} has no bitmaps of {', '.join(missing) or 'any class'}; it has {there}")
     parts: dict[bool, list[tuple[Images, int]]] = {False: [], True: []}
     for label, name in enumerate(wanted):
         array = arrays[name]
@@ -65,6 +68,7 @@ def open_strokes(source: Path | None, directory: Path, classes: Sequence[str] | 
 
     Pixels are left in [0, 1], as Nikolic et al. 2025 do. Rasterised images are kept in ``directory``.
     """
+    _require_different(classes)
     wanted = tuple(classes or SHAPES)
     folder = directory / "quickdraw_strokes"
     train: list[tuple[Images, int]] = []
@@ -93,6 +97,11 @@ def open_shapes(source: Path | None, directory: Path, train: int = 2_000, test: 
     Args:
         train: drawings of each class; likewise ``test``.
     """
+    if source is not None:
+        raise CorpusError(f"data.source: a program draws synthetic_strokes; leave {source} out")
+    for split, count in (("train", train), ("test", test)):
+        if not isinstance(count, int) or count < 1:
+            raise CorpusError(f"data.options: {split} must be a number of drawings of each class, got {count!r}")
     folder = directory / "synthetic_strokes"
     parts = []
     for split, count in (("train", train), ("test", test)):
@@ -114,23 +123,36 @@ def _joined(parts: list[tuple[Images, int]]) -> ImageSplit:
     return ImageSplit(np.concatenate([images for images, _ in parts]), labels)
 
 
-def _bitmaps_at(source: Path, classes: Sequence[str] | None) -> dict[str, np.ndarray]:
+def _require_different(classes: Sequence[str] | None) -> None:
+    """CorpusError unless these are names, each given once."""
+    if classes is None:
+        return
+    named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    if not named or len(set(classes)) < len(classes):
+        raise CorpusError(f"data.options: classes must be a list of different names, got {classes!r}")
+
+
+def _bitmaps_at(source: Path, classes: Sequence[str] | None) -> tuple[dict[str, np.ndarray], set[str]]:
+    """The bitmaps of some classes, or of all, and the names of all that are there."""
     folder = local(source, "quickdraw")
     assert folder is not None
     files = sorted(folder.rglob("*.np[yz]")) if folder.is_dir() else [folder]
     arrays: dict[str, np.ndarray] = {}
+    present: set[str] = set()
     for path in files:
         if path.suffix == ".npy":
             name = path.stem.removeprefix("full_numpy_bitmap_").replace("_", " ")  # as browsers save them
+            present.add(name)
             if classes is None or name in classes:
                 arrays[name] = _load(path)
         else:
             try:
                 with np.load(path, allow_pickle=False) as archive:
+                    present |= set(archive.files)
                     arrays |= {name: archive[name] for name in archive.files if classes is None or name in classes}
             except _DAMAGED as error:
                 raise CorpusError(f"{path} is not an .npz of bitmaps, or damaged ({error}); get it again") from error
-    return arrays
+    return arrays, present
 
 
 def _drawings_at(source: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import tokenize
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from s2moe.data.errors import CorpusError
+from s2moe.data.errors import DAMAGED, CorpusError
 from s2moe.data.images.base import Images
 
 Drawing = NDArray[np.integer[Any]]
@@ -33,6 +34,9 @@ FILLED = 0.8  # part of the canvas that a drawing takes up
 LINE_WIDTH = 3
 LONGEST_LINE, PIECE = 10, 5  # pixels of the canvas
 WHITE, BLACK = 255, 0
+# A damaged pickle may ask for anything.
+_PICKLE = (pickle.UnpicklingError, ImportError, AttributeError, IndexError, KeyError, TypeError, OverflowError)
+_DAMAGED = (*DAMAGED, *_PICKLE, ValueError, SyntaxError, tokenize.TokenError, OSError, MemoryError)
 VERSION = 2  # of what is drawn here: part of the name of kept images
 
 
@@ -123,7 +127,7 @@ def read_drawings(content: bytes, split: str, where: str) -> list[Drawing]:
                 array = _ArraysOnly(file, encoding="latin1").load()
             else:  # drawings that all happen to have as many points
                 array = np.frombuffer(file.read(), dtype=dtype).reshape(shape)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError, pickle.UnpicklingError, ImportError) as error:
+    except _DAMAGED as error:
         raise CorpusError(f"{where} is not a sketch-rnn .npz with a {split} split, or damaged ({error})") from error
     drawings = [np.asarray(drawing) for drawing in array]
     for i, drawing in enumerate(drawings):

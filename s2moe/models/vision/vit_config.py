@@ -11,9 +11,10 @@ from huggingface_hub.dataclasses import strict
 
 from s2moe.models.configuration import meta_router
 from s2moe.models.vision.base import VisionConfig
-from s2moe.moe.config import MoEConfig, resolve_moe, typed_moe
+from s2moe.moe.config import MoEConfig, method_of, resolve_moe, typed_moe
 from s2moe.moe.expert_product import ACTIVATIONS
 from s2moe.moe.routers import ROUTERS
+from s2moe.moe.routers.vmoe import VMoERouter
 from s2moe.options import LARGEST, check_fields, deep_merge, nearest, option
 
 
@@ -110,7 +111,7 @@ class VMoEConfig(VisionConfig):
                     f"{self.placement} makes it {value}: leave moe.{name} alone"
                 )
         defaults = {
-            "method": "vmoe",
+            "method": method_of(given, "vmoe"),
             "num_experts": 8,
             "expert_hidden": self.intermediate_size,
             "expert_form": "mlp_biases",
@@ -186,6 +187,13 @@ class VMoEConfig(VisionConfig):
         """The typed options of the SMoE layers."""
         assert self.moe is not None  # set in __post_init__
         return typed_moe(self.moe)
+
+    def check_micro_batch(self, images: int) -> None:
+        """Raise ValueError if the router cannot train on micro-batches of so many images."""
+        assert self.hidden_size is not None
+        router = meta_router(self.moe_config(), self.hidden_size)
+        if isinstance(router, VMoERouter) and self.placement != "none":
+            router.require_places(images * (self.patches + 1), images)
 
     def auxiliary_sum(self) -> bool:
         """Whether the layers' auxiliary losses are summed, not averaged."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2moe import drawing
 from s2moe.models.vision.base import VisionModel
 from s2moe.models.vision.vit import VMoEForImageClassification
 from s2moe.models.vision.vit_cost import image_flops
@@ -194,12 +195,7 @@ def write_curve(rows: Sequence[CurveRow], path: Path) -> None:
 
 def draw_curve(rows: Sequence[CurveRow], path: Path) -> None:
     """Accuracy against FLOPs, and against C: a line for each k and priority. Dropless rows are horizontal lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
-    canvas, axes = pyplot.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
+    canvas, axes = drawing.subplots(1, 2, figsize=(12, 3.8))
     for choices, priority in dict.fromkeys((row.experts_per_token, row.priority) for row in rows):
         own = [row for row in rows if (row.experts_per_token, row.priority) == (choices, priority)]
         limited = sorted(
@@ -216,5 +212,4 @@ def draw_curve(rows: Sequence[CurveRow], path: Path) -> None:
     axes[0].set(xlabel="MFLOPs an image, kept assignments", ylabel="accuracy", title="compute and accuracy")
     axes[1].set(xlabel="capacity C at inference", ylabel="accuracy", title="capacity and accuracy", xscale="log")
     axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)

@@ -36,6 +36,8 @@ class Router(KeepsBuffers):
     Options: ClassVar[type[Any]]
     wants_attention: ClassVar[bool] = False  # whether context.attention is to be filled
     keeps_history: ClassVar[bool] = False  # whether context.history is to be filled in cached decoding
+    # Whether it chooses by a token alone, wherever its sequence is: then sequences can be cut between processes.
+    tokenwise: ClassVar[bool] = False
     frozen: bool = False  # see moe/freezing.py; ``after_step`` is not called then
     refuses_noise: ClassVar[str] = ""  # why S2MoE cannot use this router for its two passes; empty: it can
 
@@ -64,6 +66,9 @@ class Router(KeepsBuffers):
     def refuses_causal(self) -> str:
         """Why a causal model cannot use this router with its options; empty: it can."""
         return ""
+
+    def add_tokens(self, rows: int) -> None:
+        """The vocabulary grew to so many tokens: for a router that has something for each of them."""
 
     def expert_embeddings(self) -> Tensor | None:
         """A row for each expert by which tokens are scored, [E, any width], for the collapse metrics; None without."""

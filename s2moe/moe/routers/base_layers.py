@@ -63,7 +63,7 @@ class BaseLayersRouter(Router):
         if experts_per_token != 1:
             raise ValueError(
                 f"BASE assigns each token to one expert: set experts_per_token=1 (got {experts_per_token}), or use "
-                "router.name=sbase, which balances any number"
+                "method=sbase, which balances any number"
             )
         self.scores = LinearScores(hidden_size, num_experts)
 

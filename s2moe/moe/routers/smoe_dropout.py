@@ -11,15 +11,19 @@ drawn once and frozen, in step t of T
 k_T is ``experts_per_token`` (the paper: all E), k_0 half of it. No balance loss: hidden states decide the load. A
 token's mean number of experts is 3E/4, so compare methods by FLOPs, not by steps.
 
-The other schedules follow the published code, with its rounding (halves to even), as weights p(t) in
-k_t = round((k_0 − k_T) · p(t)) + k_T:
+The other schedules are those of the published code, with its rounding (halves to even), the first two as weights p(t)
+in k_t = round((k_0 − k_T) · p(t)) + k_T:
 
     cosine        p = cos(π t / 2T)                  a quarter wave: slow at first
-    exponential   p = 0.99^⌊300 t / T⌋               300 stairs; ends 5 % of the way short, which rounding may hide
-    steps         k_t = the ⌊m t / T⌋-th of the m doublings k_0, 2 k_0, 4 k_0, .., k_T (from 1 to 16: 1, 2, 4, 8, 16)
+    exponential   p = 0.99^⌊t / ⌊T / 300⌋⌋           300 stairs or more; ends 5 % of the way short, or less
+    steps         k_t = the ⌊m t / T⌋-th of the m powers of two 1, 2, 4, .., E, held within k_0..k_T. With 16 experts:
+                  equally long stays at 1, 2, 4, 8, 16, so that from 8 to 16 the first four of five are at 8
     constant      k_t = k_T always: a frozen random router, which some later work calls SMoE-Dropout
 
-k_0 above k_T makes them decreasing; ``steps`` then walks the doublings of k_T backwards.
+Their exponential form divides by zero below 300 steps; here p = 0.99^⌊300 t / T⌋ there. Where E is no power of two, E
+itself is the last stay. From step T on it is k_T.
+
+k_0 above k_T makes them decreasing; ``steps`` then walks the powers backwards.
 
 k = 1 is allowed although its weight is always 1: there is no router here that would have to learn from it.
 
@@ -56,7 +60,8 @@ class SMoEDropoutOptions(Checked):
     schedule: str = option(
         "linear",
         "how the number of experts per token gets from first_experts to experts_per_token. linear; cosine: a quarter "
-        "wave, slow at first; exponential: fast at first; steps: by doubling; constant: experts_per_token always",
+        "wave, slow at first; exponential: fast at first; steps: equally long stays at 1, 2, 4, .., all experts, held "
+        "between the two numbers; constant: experts_per_token always",
         choices=SCHEDULES,
     )
     first_experts: int | None = option(
@@ -78,6 +83,7 @@ class SMoEDropoutRouter(Router):
     """Top-k of a frozen random projection, with k on a schedule in training."""
 
     Options = SMoEDropoutOptions  # weights that are constant at k = 1 are no mistake: the router is not to learn
+    tokenwise = True
     options: SMoEDropoutOptions
     weight_ED: Tensor
 
@@ -112,20 +118,23 @@ class SMoEDropoutRouter(Router):
         if not self.training or context.experts_per_token is not None or self.options.schedule == "constant":
             return super().choices(context)
         steps = context.total_steps(self.options.schedule_steps, "the schedule of SMoE-Dropout")
-        return scheduled_choices(self.options.schedule, self.first_experts, self.experts_per_token, context.step, steps)
+        return self._scheduled(context.step, steps)
+
+    def _scheduled(self, step: int, steps: int) -> int:
+        first, last = self.first_experts, self.experts_per_token
+        return scheduled_choices(self.options.schedule, first, last, self.num_experts, step, steps)
 
     def mean_choices(self, training: bool) -> float:
         if not training or self.options.schedule == "constant":
             return float(self.experts_per_token)
-        points = 1000
-        given = (self.options.schedule, self.first_experts, self.experts_per_token)
-        return sum(scheduled_choices(*given, step, points) for step in range(points)) / points
+        points = 1200  # a multiple of the exponential's 300 stairs
+        return sum(self._scheduled(step, points) for step in range(points)) / points
 
     def expert_embeddings(self) -> Tensor:
         return self.weight_ED
 
 
-def scheduled_choices(schedule: str, first: int, last: int, step: int, steps: int) -> int:
+def scheduled_choices(schedule: str, first: int, last: int, num_experts: int, step: int, steps: int) -> int:
     """k_t of the module's docstring; ``last`` from step ``steps`` on.
 
     Python's round takes halves to the even number, as the published code does.
@@ -135,19 +144,12 @@ def scheduled_choices(schedule: str, first: int, last: int, step: int, steps: in
     if schedule == "linear":
         return round((last - first) * step / steps) + first
     if schedule == "steps":
-        ladder = doublings(min(first, last), max(first, last))
-        return ladder[:: 1 if first <= last else -1][len(ladder) * step // steps]
+        ladder = [2**power for power in range((num_experts - 1).bit_length())] + [num_experts]
+        least, most = sorted((first, last))
+        stay = ladder[:: 1 if first <= last else -1][len(ladder) * step // steps]
+        return min(max(stay, least), most)
     if schedule == "cosine":
         remaining = math.cos(math.pi * step / (2 * steps))
     else:
-        remaining = 0.99 ** (300 * step // steps)
+        remaining = 0.99 ** (step // (steps // 300) if steps >= 300 else 300 * step // steps)
     return round((first - last) * remaining) + last
-
-
-def doublings(low: int, high: int) -> list[int]:
-    """low, 2 low, 4 low, .. and at last high."""
-    ladder = []
-    while low < high:
-        ladder.append(low)
-        low *= 2
-    return [*ladder, high]

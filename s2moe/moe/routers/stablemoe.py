@@ -147,7 +147,7 @@ class StableMoERouter(Router):
 
     def forward(self, hidden_TD: Tensor, context: RoutingContext) -> Routing:
         choices = self.choices(context)
-        if self.training and context.step >= self._boundary(context):
+        if self.training and not self.frozen and context.step >= self._boundary(context):
             self._freeze()
         # A copy: a later micro-batch may write the flag, which the backward pass of this one still needs.
         frozen = self.in_stage2.clone()
@@ -235,6 +235,13 @@ class StableMoERouter(Router):
             buffer.copy_(self._distilled(name, self.in_stage2))
         self.in_stage2.fill_(True)
 
+    @torch.no_grad()
+    def add_tokens(self, rows: int) -> None:
+        """New rows are the mean of the others, so that a new token goes where most do."""
+        frozen_VC = self.get_buffer("frozen_table_VC")
+        table_VC = nn.Parameter(_with_mean_rows(self.table_VC, rows), self.table_VC.requires_grad)
+        self.table_VC, self.frozen_table_VC = table_VC, _with_mean_rows(frozen_VC, rows)
+
     def expert_embeddings(self) -> Tensor:
         return self.centroid_ED
 
@@ -243,6 +250,10 @@ class StableMoERouter(Router):
         return (
             self.num_experts * (self.hidden_size + self.options.distilled_width) + taps * self.options.distilled_width
         )
+
+
+def _with_mean_rows(table_VC: Tensor, rows: int) -> Tensor:
+    return torch.cat((table_VC, table_VC.mean(0, keepdim=True).expand(rows - len(table_VC), -1)))
 
 
 def _orthogonal(parameter: Tensor, gain: float) -> None:

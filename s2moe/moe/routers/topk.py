@@ -126,6 +126,7 @@ class TopKRouter(Router):
     """
 
     Options = TopKOptions
+    tokenwise = True
     options: TopKOptions
     bias_E: Tensor  # selection bias of auxiliary-loss-free balancing, where that is on
 

@@ -6,7 +6,8 @@ Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts" (arXiv 210
     MoE(x) = Σ_{i among the k, within capacity} g_i e_i(x)
 
 The softmax comes before the choice, and what is left of it is not renormalised: weights sum to less than 1. An expert
-takes at most round(C k T / E) assignments of a routing group's T tokens. Vanilla routing places all first choices in
+takes at most round(C k T / E) assignments of a routing group's T tokens; where that is none, training refuses and
+inference takes one. Vanilla routing places all first choices in
 order of position, then all second ones; Batch Prioritized Routing visits tokens by their highest weight (or the sum of
 their k), so that those go first that the router is sure of. What finds no place contributes nothing, and a token
 without any expert passes through the residual alone.
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from s2moe.moe.assignments import keep, load_of, per_token
 from s2moe.moe.balancing import weigh
-from s2moe.moe.capacity import ROUNDINGS, group_capacity, keep_by_priority
+from s2moe.moe.capacity import ROUNDINGS, group_capacity, keep_by_priority, require_places
 from s2moe.moe.routers.base import LinearScores, Router, register
 from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.objectives.balance import cv_squared, masked_mean
@@ -118,6 +119,13 @@ class VMoERouter(Router):
             return "inference_capacity drops a token's experts for the sake of others: set inference_capacity=null"
         return ""
 
+    def require_places(self, tokens: int, sequences: int, choices: int | None = None) -> None:
+        """Raise ValueError if, of a micro-batch of so many tokens in training, an expert would have no place at all."""
+        options = self.options
+        if options.capacity_factor is not None and options.rounding == "round":
+            size = min(self._group_tokens(tokens, sequences), tokens)
+            require_places(options.capacity_factor, choices or self.experts_per_token, self.num_experts, size)
+
     def set_inference(self, capacity_factor: float | None, priority: str | None) -> None:
         """Evaluate with this C (math.inf: dropless) and priority from now on; None: as the options have it."""
         check_capacity("capacity_factor", capacity_factor)
@@ -140,7 +148,7 @@ class VMoERouter(Router):
         top_TK, expert_TK = noisy_TE.topk(choices, dim=-1)
         weight_TK = prob_TE.gather(-1, expert_TK)
 
-        size = self._group_tokens(len(hidden_TD), context)
+        size = self._group_tokens(len(hidden_TD), context.sequences)
         real_T1 = clean_TE.new_ones(len(hidden_TD), 1) if mask_T is None else mask_T[:, None].to(clean_TE.dtype)
         losses: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
@@ -152,6 +160,8 @@ class VMoERouter(Router):
         if factor is None:
             return routing
 
+        if self.training:
+            self.require_places(len(hidden_TD), context.sequences, choices)
         tokens_G = group_sums(real_T1.double(), size)[:, 0]
         capacity_G = group_capacity(factor, choices, self.num_experts, tokens_G, options.rounding)
         group_T = torch.arange(len(hidden_TD), device=hidden_TD.device) // size
@@ -162,10 +172,10 @@ class VMoERouter(Router):
         routing.stats["tokens_without_expert"] = masked_mean((~kept_TK.any(-1)).to(clean_TE.dtype), mask_T)
         return keep(routing, kept_TK.reshape(-1))
 
-    def _group_tokens(self, tokens: int, context: RoutingContext) -> int:
+    def _group_tokens(self, tokens: int, sequences: int) -> int:
         """The tokens of a routing group, padding included; the last group may have fewer."""
         size = self.options.group_size
-        return tokens if size is None or size >= context.sequences else tokens // context.sequences * size
+        return tokens if size is None or size >= sequences else tokens // sequences * size
 
     def _losses(self, clean_TE: Tensor, threshold_T1: Tensor, real_T1: Tensor, size: int) -> dict[str, Tensor]:
         """The raw losses whose coefficient is not zero, by the name of that coefficient: means over groups."""

@@ -37,7 +37,7 @@ from s2moe.moe.routers.base import Router, register
 from s2moe.moe.routing import Routing, RoutingContext
 from s2moe.moe.shares import ShareOptions, require_gradient, weights_of
 from s2moe.options import option
-from s2moe.precision import full_precision, linear
+from s2moe.precision import FullPrecisionLinear, full_precision, linear
 
 TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}
 LEAST_TEMPERATURE = 1e-4
@@ -74,13 +74,14 @@ class XMoERouter(Router):
     """Each token takes the k experts whose embeddings lie at the smallest angle to its projection."""
 
     Options = XMoEOptions
+    tokenwise = True
     options: XMoEOptions
 
     def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, options: XMoEOptions) -> None:
         super().__init__(hidden_size, num_experts, experts_per_token, options)
         require_gradient(options, experts_per_token)
         dimension = options.dimension or max(1, num_experts // 2)
-        self.projection = nn.Linear(hidden_size, dimension, bias=False)
+        self.projection = FullPrecisionLinear(hidden_size, dimension, bias=False)
         self.embedding_EC = nn.Parameter(torch.empty(num_experts, dimension))
         self.log_temperature = nn.Parameter(torch.empty(1))  # ρ; a vector, so without weight decay
         self.reset_parameters(0.02)
@@ -114,6 +115,6 @@ class XMoERouter(Router):
 
     def scores(self, hidden_TD: Tensor) -> Tensor:
         """Cosine of each token's projection with each expert's embedding, [T, E], in full precision."""
-        point_TC = F.normalize(linear(hidden_TD, self.projection.weight), dim=-1, eps=NORM_EPS)
+        point_TC = F.normalize(self.projection(hidden_TD), dim=-1, eps=NORM_EPS)
         expert_EC = F.normalize(full_precision(self.embedding_EC), dim=-1, eps=NORM_EPS)
         return linear(point_TC, expert_EC)

@@ -13,7 +13,7 @@ contract itself.
 
 from s2moe.parallel.deepspeed_compat.files import CheckpointFileError, load_checkpoint, load_file, safe_loading
 from s2moe.parallel.deepspeed_compat.layer import EngineMoELayer, expert_replicas, stacked_experts, tag_parameters
-from s2moe.parallel.deepspeed_compat.optimizer import FROZEN, frozen_experts, optimizer_groups
+from s2moe.parallel.deepspeed_compat.optimizer import FROZEN, frozen_experts, need_no_gradient, optimizer_groups
 from s2moe.parallel.deepspeed_compat.processes import (
     expert_parallel,
     init_distributed,
@@ -39,6 +39,7 @@ __all__ = [
     "load_checkpoint",
     "load_file",
     "load_universal",
+    "need_no_gradient",
     "optimizer_groups",
     "safe_loading",
     "set_timeout",

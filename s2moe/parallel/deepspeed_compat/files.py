@@ -1,10 +1,13 @@
-"""Reading a checkpoint's files without running anything that is in them, and loading one of the same shape."""
+"""Reading a checkpoint's files without running anything that is in them, and loading one of the same shape.
+
+``load_file`` is the one reader of pickles in checkpoints, whoever wrote them: DeepSpeed, transformers' Trainer or
+accelerate. Their own code reads through it within ``safe_loading``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 
@@ -20,12 +24,16 @@ class CheckpointFileError(RuntimeError):
 
 
 def _plain_classes() -> list[Any]:
-    """What DeepSpeed's checkpoint files hold besides tensors, numbers and containers. None does anything when made."""
+    """What checkpoint files hold besides tensors, numbers and containers. None does anything when made.
+
+    DeepSpeed's own classes, and for the states of random generators numpy's arrays.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, torch.torch_version.TorchVersion]
+    arrays = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # type: ignore[attr-defined]
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, torch.torch_version.TorchVersion, *arrays]
 
 
 def load_file(path: Path | str, mmap: bool = True) -> Any:
@@ -40,8 +48,11 @@ def load_file(path: Path | str, mmap: bool = True) -> Any:
     try:
         with torch.serialization.safe_globals(_plain_classes()):
             return _torch_load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        told = " ".join(str(error).split())[-300:]
+    except OSError:
+        raise
+    except Exception as error:  # arbitrary bytes bring an unpickler to errors of every kind
+        text = " ".join(str(error).split())
+        told = (text.partition("WeightsUnpickler error: ")[2] or text).partition(" Please use ")[0][:200]
         raise CheckpointFileError(f"{path} is not loaded, as it is not a plain checkpoint file: {told}") from error
 
 
@@ -50,9 +61,9 @@ _torch_load = torch.load
 
 @contextlib.contextmanager
 def safe_loading(mmap: bool, progress: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within it, DeepSpeed reads and writes files as ``load_file`` does and says after each that it goes on.
+    """Within it, torch.load is ``load_file``, whatever its caller asks for, and ``progress`` is called for each file.
 
-    It asks for ``weights_only=False`` everywhere itself.
+    DeepSpeed asks for ``weights_only=False`` everywhere, accelerate in one place.
     """
     save = torch.save
 

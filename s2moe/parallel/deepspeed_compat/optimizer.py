@@ -60,6 +60,12 @@ def optimizer_groups(
     return [group for group in split if group["params"]]
 
 
+def need_no_gradient(model: nn.Module) -> None:
+    """Undo what ``optimizer_groups`` tells frozen experts, where DeepSpeed does not train: DDP would wait for them."""
+    for parameter in frozen_experts(model):
+        parameter.requires_grad_(False)
+
+
 def frozen_experts(model: nn.Module) -> list[nn.Parameter]:
     """The weights of the experts that moe/freezing.py froze."""
     stacks = [stacked_experts(layer) for layer in model.modules() if isinstance(layer, EngineMoELayer)]

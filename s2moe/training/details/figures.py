@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from s2moe import drawing
 from s2moe.training.heat_map import selection
 
 CORRUPTION, SIMILARITY, SELECTION = "corruption.png", "similarity.png", "selection.png"
@@ -19,8 +20,7 @@ SIMILARITY_TITLES = {
 
 def corruption(report: dict[str, Any], directory: Path) -> None:
     """Accuracy against severity, a line a corruption; clean images as the dashed line."""
-    pyplot = _pyplot()
-    canvas, axis = pyplot.subplots(figsize=(5.6, 3.8), layout="constrained")
+    canvas, axis = drawing.subplots(figsize=(5.6, 3.8))
     for kind in dict.fromkeys(row["kind"] for row in report["corruption"]):
         rows = [row for row in report["corruption"] if row["kind"] == kind]
         axis.plot([row["severity"] for row in rows], [row["accuracy"] for row in rows], "o-", label=kind)
@@ -28,35 +28,20 @@ def corruption(report: dict[str, Any], directory: Path) -> None:
     axis.set(xlabel="severity", ylabel="accuracy", title=f"{report['run']}: corrupted test images", ylim=(0, 1.02))
     axis.set_xticks(sorted({row["severity"] for row in report["corruption"]}))
     axis.legend(frameon=False)
-    _save(pyplot, canvas, directory / CORRUPTION)
+    drawing.save(canvas, directory / CORRUPTION)
 
 
 def experts(report: dict[str, Any], directory: Path) -> None:
     """How alike experts are, and which one serves which class."""
-    pyplot = _pyplot()
     similarity = report["experts"]["similarity"]
-    canvas, axes = pyplot.subplots(1, len(similarity), figsize=(3.6 * len(similarity), 3.2), layout="constrained")
+    canvas, axes = drawing.subplots(1, len(similarity), figsize=(3.6 * len(similarity), 3.2))
     for axis, (name, of) in zip(axes, similarity.items(), strict=True):
         image = axis.imshow(of["matrix"], vmin=-1, vmax=1, cmap="RdBu_r")
         axis.set(title=f"{SIMILARITY_TITLES[name]}, mean {of['mean']:.3f}", xlabel="expert", ylabel="expert")
         axis.title.set_fontsize(9)
     canvas.colorbar(image, ax=axes, shrink=0.8)
-    _save(pyplot, canvas, directory / SIMILARITY)
+    drawing.save(canvas, directory / SIMILARITY)
     counts = np.asarray(report["experts"]["selection"])
     title = f"I(E; Y) {report['clean']['mi_true']:.2f} bits"
-    canvas = selection(pyplot, counts, range(len(counts)), tuple(report["classes"]), title)
-    _save(pyplot, canvas, directory / SELECTION)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(pyplot: Any, canvas: Any, path: Path) -> None:
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    canvas = selection(counts, range(len(counts)), tuple(report["classes"]), title)
+    drawing.save(canvas, directory / SELECTION)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from s2moe.training.console import Console
 from s2moe.training.export import HF_DIRECTORY, ORIGIN_FILE
 from s2moe.training.image_evaluation import ImageScore, evaluate_images
 from s2moe.training.processes import Processes
+from s2moe.training.run_directory import report_directory, write_json
 from s2moe.training.vae_report import vae_report
 from s2moe.training.vision import EVALUATION_FILE, read_evaluation
 from s2moe.training.vision_initial import load_vision_model
@@ -74,13 +74,11 @@ def report_on(
     finished = Finished.open(run, {"source": source, "dir": downloads}, samples)
     directory = run / REPORT_DIRECTORY
     try:
-        directory.mkdir(exist_ok=True)
-        found = finished.examine(directory, corrupt_seed)
-        report = {"of": _digest(run), "settings": _settings(corrupt_seed, samples), **found}
-        (directory / REPORT_TEXT).write_text(text.to_markdown(report), encoding="utf-8")
-        temporary = directory / f".tmp-{REPORT_FILE}"  # complete or absent: it says that the others are there
-        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        os.replace(temporary, directory / REPORT_FILE)
+        with report_directory(directory, REPORT_FILE, ()):
+            found = finished.examine(directory, corrupt_seed)
+            report = {"of": _digest(run), "settings": _settings(corrupt_seed, samples), **found}
+            (directory / REPORT_TEXT).write_text(text.to_markdown(report), encoding="utf-8")
+            write_json(directory / REPORT_FILE, report, indent=1)  # it says that the others are there
     except OSError as error:
         raise ConfigError(f"cannot write the report to {directory}: {error}") from error
     return directory

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from s2moe import drawing
 from s2moe.training.heat_map import MOST_CLASSES
 
 from .results import Run
@@ -18,9 +19,6 @@ BOXES, SELECTION, SIMILARITY = "boxes.png", "selection.png", "similarity.png"
 
 def draw(table: Table, runs: Sequence[Run], directory: Path) -> list[Path]:
     """Write the pictures that the runs have the data for, and return their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no window system needed
     by_row = {row.name: [run for run in runs if run.row == row.name] for row in table.rows}
     labels = {row.name: row.label for row in table.rows}
     drawn = [_boxes(table, by_row, labels, directory / BOXES)]
@@ -31,8 +29,6 @@ def draw(table: Table, runs: Sequence[Run], directory: Path) -> list[Path]:
 
 
 def _boxes(table: Table, by_row: dict[str, list[Run]], labels: dict[str, str], path: Path) -> Path | None:
-    from matplotlib import pyplot
-
     panels = []
     for figure in table.boxes:
         values = {name: [r.figures[figure] for r in found if figure in r.figures] for name, found in by_row.items()}
@@ -41,9 +37,7 @@ def _boxes(table: Table, by_row: dict[str, list[Run]], labels: dict[str, str], p
     if not panels:
         return None
     rows = max(len(values) for _, values in panels)
-    canvas, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.4 * len(panels), 1.2 + 0.34 * rows), squeeze=False, layout="constrained"
-    )
+    canvas, axes = drawing.subplots(1, len(panels), figsize=(4.4 * len(panels), 1.2 + 0.34 * rows), squeeze=False)
     for axis, (figure, values) in zip(axes[0], panels, strict=True):
         places = range(len(values), 0, -1)
         axis.boxplot(list(values.values()), positions=list(places), orientation="horizontal", widths=0.6)
@@ -51,22 +45,17 @@ def _boxes(table: Table, by_row: dict[str, list[Run]], labels: dict[str, str], p
             axis.plot(found, [place] * len(found), "o", ms=3, alpha=0.5)
         axis.set_yticks(list(places), [labels[name] for name in values])
         axis.set(title=table.figures.get(figure, figure))
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)
     return path
 
 
 def _matrices(shown: dict[str, Run], labels: dict[str, str], key: str, path: Path) -> Path | None:
     """Matrices of one run of each row: shares of a class for `selection`, cosines for `similarity`."""
-    from matplotlib import pyplot
-
     if not shown:
         return None
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
-    canvas, axes = pyplot.subplots(
-        lines, columns, figsize=(3.6 * columns, 2.9 * lines), squeeze=False, layout="constrained"
-    )
+    canvas, axes = drawing.subplots(lines, columns, figsize=(3.6 * columns, 2.9 * lines), squeeze=False)
     image: Any = None
     for axis, (name, run) in zip(axes.flat, shown.items(), strict=False):
         matrix = np.array(run.evaluation[key], dtype=float)
@@ -84,6 +73,5 @@ def _matrices(shown: dict[str, Run], labels: dict[str, str], key: str, path: Pat
         axis.set_axis_off()
     what = "share of a class' images that select the expert" if key == "selection" else "cosine of experts' weights"
     canvas.colorbar(image, ax=axes, shrink=0.6, label=what)
-    canvas.savefig(path, dpi=110)
-    pyplot.close(canvas)
+    drawing.save(canvas, path)
     return path

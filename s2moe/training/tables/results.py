@@ -23,6 +23,8 @@ from s2moe.training.vision import EVALUATION_FILE, read_evaluation
 
 from .spec import Gathered, Numbers, Order, Stage, Table
 
+CSV_FILE, TEXT_FILE = "results.csv", "table.md"
+FIRST_COLUMNS = ("row", "seed")
 SETTINGS_FILE = "table.yaml"  # what the table asked of a run
 ELSEWHERE = {"data": ("source", "dir"), "training": ("timeout_minutes",)}  # settings that do not change a result
 
@@ -126,10 +128,22 @@ def to_csv(table: Table, runs: Sequence[Run]) -> str:
     names = sorted({name for run in runs for name in run.figures}, key=lambda n: (n not in table.figures, n))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "seed", *names])
+    writer.writerow([*FIRST_COLUMNS, *names])
     for run in runs:
         writer.writerow([run.row, run.seed, *(run.figures.get(name, "") for name in names)])
     return text.getvalue()
+
+
+def is_csv(path: Path) -> bool:
+    """Whether a file is one that `to_csv` made."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().startswith(",".join(FIRST_COLUMNS))
+    except (OSError, ValueError):
+        return False
+
+
+FILES = (CSV_FILE, (TEXT_FILE, "boxes.png", "selection.png", "similarity.png"), is_csv)
 
 
 def to_markdown(table: Table, runs: Sequence[Run], how: str) -> str:

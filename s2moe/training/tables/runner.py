@@ -19,6 +19,7 @@ from s2moe.config import ConfigError, to_yaml
 from s2moe.training.console import format_seconds
 from s2moe.training.details import REPORT_DIRECTORY, is_reported, report_on
 from s2moe.training.errors import TrainingError
+from s2moe.training.run_directory import VISION, report_directory, require_kind, require_reportable
 from s2moe.training.vision import build_model
 
 from . import figures, results
@@ -61,21 +62,23 @@ def run_table(
     chains = plan_runs(table, directory, runs, epochs, source, overrides)
     stages = [stage for chain in chains for stage in chain]
     check(stages)
+    require_reportable(directory, *results.FILES)
     missing = [[stage for stage in chain if not results.is_finished(stage)] for chain in chains]
     left = sum(map(len, missing))
     print(f"{table.title}: {len(stages)} runs, {len(stages) - left} of them finished; {directory}", flush=True)
     if dry_run:
         print("\n".join(f"  {stage.label}" for chain in missing for stage in chain))
         return directory
-    failed = train_missing(missing, jobs, directory) if left else []
-    found = every_chain(whole, directory, max(runs, whole.runs), epochs, source, overrides) or chains
-    finished = [chain[-1] for chain in found if all(map(results.is_finished, chain))]
-    table = whole.chosen([*{stage.row: None for stage in finished}, *(row.name for row in table.rows)])
-    head = how(table, finished, epochs, overrides)
-    write(table, finished, directory, head)
-    if table.details and report_on_first(finished):
+    with report_directory(directory, *results.FILES):
+        failed = train_missing(missing, jobs, directory) if left else []
+        found = every_chain(whole, directory, max(runs, whole.runs), epochs, source, overrides) or chains
+        finished = [chain[-1] for chain in found if all(map(results.is_finished, chain))]
+        table = whole.chosen([*{stage.row: None for stage in finished}, *(row.name for row in table.rows)])
+        head = how(table, finished, epochs, overrides)
         write(table, finished, directory, head)
-    print((directory / "table.md").read_text(encoding="utf-8"))
+        if table.details and report_on_first(finished):
+            write(table, finished, directory, head)
+    print((directory / results.TEXT_FILE).read_text(encoding="utf-8"))
     print(f"table directory: {directory}", flush=True)
     if failed:
         told = "; ".join(f"{outcome.stage.label}: {outcome.error}" for outcome in failed[:5])
@@ -100,6 +103,7 @@ def check(stages: Sequence[Stage]) -> None:
             config = stage.config.for_images(len(seen[data].train))
             with torch.device("meta"):
                 build_model(config, config.model_config(seen[data]), parallel=False)
+        require_kind(stage.config.directory, VISION)
         changes = results.changed_since(stage)
         if changes:
             raise ConfigError(
@@ -223,12 +227,12 @@ def write(table: Table, finished: Sequence[Stage], directory: Path, text: str) -
     """Write results.csv, table.md and the pictures."""
     found = [results.read_run(stage) for stage in finished]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.csv").write_text(results.to_csv(table, found), encoding="utf-8")
+    (directory / results.CSV_FILE).write_text(results.to_csv(table, found), encoding="utf-8")
     reports = {
         row: stage.config.directory / REPORT_DIRECTORY
         for row, stage in first_runs(finished).items()
         if table.details and is_reported(stage.config.directory)
     }
     lines = [results.to_markdown(table, found, text), *results.details(table, reports, directory)]
-    (directory / "table.md").write_text("\n".join(lines), encoding="utf-8")
+    (directory / results.TEXT_FILE).write_text("\n".join(lines), encoding="utf-8")
     figures.draw(table, found, directory)

@@ -39,8 +39,9 @@ from s2moe.config.plain_yaml import read_yaml
 from s2moe.config.relevance import Settings
 from s2moe.config.vision import VisionRunConfig
 from s2moe.options import deep_merge, nearest
+from s2moe.places import ROOT
 
-FOLDER = Path(__file__).resolve().parents[3] / "configs" / "vision" / "tables"
+FOLDER = ROOT / "configs" / "vision" / "tables"
 ROW_KEYS = ("label", "runs", "after", "base", "stages", "published", "corrected", "note")
 BY_SEED = "by_seed"
 TABLE_KEYS = ("title", "runs", "seeds", "figures", "base", "rows", "orders", "gathered", "note", "boxes", "details")
