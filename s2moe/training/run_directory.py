@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from s2moe.config.options import ConfigError
+from s2moe.config.plain_yaml import read_yaml
 from s2moe.hub.provenance import HF_DIRECTORY
 
 from .agreement import together
@@ -74,8 +73,8 @@ def maker_of(directory: Path) -> Maker | None:
 def read_settings(directory: Path) -> dict[str, Any]:
     """The settings in its config.yaml as plain values; empty where that cannot be read."""
     try:
-        found = yaml.safe_load((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        found = read_yaml(directory / SETTINGS_FILE)
+    except (OSError, ValueError):  # ConfigError too
         return {}
     return found if isinstance(found, dict) else {}
 

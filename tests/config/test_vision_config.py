@@ -28,8 +28,8 @@ def images(channels: int = 1, size: int = 28, classes: int = 10) -> Any:
 def test_the_vae_takes_pixels_as_they_are() -> None:
     assert [config(f"model.kind={kind}").data.normalise for kind in ("vae", "mixture")] == [False, True]
     assert config("data.normalise=false").data.normalise is False
-    with pytest.warns(UserWarning, match="normalise=true is taken as false: kind vae takes pixels in"):
-        assert config("model.kind=vae", "data.normalise=true").data.normalise is False
+    with pytest.raises(ConfigError, match=r"data\.normalise: matters only with model\.kind!=vae"):
+        config("model.kind=vae", "data.normalise=true")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_an_option_is_refused_without_what_it_belongs_to(command: str, capsys: p
     [
         ("supervise", ["--within-minutes", "0"], "--within-minutes must be positive"),
         ("supervise", ["--within-minutes", "nan"], "--within-minutes must be positive"),
-        ("generate", ["--checkpoint", "x", "text", "--temperature", "nan"], "--temperature must not be negative"),
+        ("generate", ["--checkpoint", "x", "text", "--temperature", "nan"], "--temperature must be a number"),
         ("finetuning", ["--data", "x", "--out", "x", "--pretrain", "name=a"], "--pretrain: name is decided"),
         ("finetuning", ["--data", "x", "--out", "x", "--finetune", "seed=3"], "seed is decided for each run: give --s"),
     ],

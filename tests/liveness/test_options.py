@@ -49,7 +49,7 @@ def test_newlines_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["meta", "gpu", "cuda:x"])
 def test_a_device_is_a_cpu_or_a_gpu(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"--device: unknown device '{name}': give cpu or cuda"):
+    with pytest.raises(ConfigError, match=f"--device:? .*{name}.*: give cpu or cuda"):
         find_device(name)
 
 
