@@ -332,10 +332,10 @@ class Pretrained:
 
 def pretrained(directory: Path, method: str) -> Pretrained:
     """The figures of a finished run."""
-    from s2moe.data.units import symbol_of_run
     from s2moe.models import S2MoEConfig
     from s2moe.models.sizes import model_sizes
     from s2moe.training import metrics_log
+    from s2moe.training.run_symbol import symbol_of_run
 
     events = metrics_log.read(directory / "metrics.jsonl")
     last = [event for event in events if "val/bpc" in event][-1]

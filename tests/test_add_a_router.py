@@ -24,21 +24,17 @@ from s2moe.moe.methods import Method
 from s2moe.moe.routers import ROUTERS
 from tests.methods import test_conformance as conformance
 from tests.methods.test_layouts import overrides_of
+from tests.pages import blocks
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "add_a_router.md"
+PAGE = "docs/add_a_router.md"
 SHORT = (
     "training.steps=4 schedule.warmup_steps=1 evaluation.context=1 evaluation.segment=128 evaluation.max_symbols=500 "
     "logging.sample_tokens=0"
 )
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-
-
-ROUTER, ENTRY = blocks("python")
-TESTS, COMPARISON = blocks("bash")
+ROUTER, ENTRY = blocks(PAGE)
+TESTS, COMPARISON = blocks(PAGE, "bash")
 # A process knows the methods it began with: here the entry's settings stand for the name.
 METHOD = eval(f"{{{ENTRY}}}", {"Method": Method})["random"]
 MOE = {"method": "smoe", **METHOD.defaults(num_experts=4)}
@@ -50,7 +46,7 @@ def _added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = types.ModuleType("example")
     monkeypatch.setitem(sys.modules, "example", module)  # dataclasses look their module up
     try:
-        exec(compile(ROUTER, str(PAGE), "exec"), module.__dict__)
+        exec(compile(ROUTER, PAGE, "exec"), module.__dict__)
         yield
     finally:
         ROUTERS.pop("random", None)

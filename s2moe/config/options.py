@@ -69,7 +69,7 @@ def dataclass_section(cls: type, help: str = "", needs: str = "") -> Section:
         elif dataclasses.is_dataclass(hints[item.name]):
             keys[item.name] = dataclass_section(hints[item.name], text, item.metadata.get("needs", ""))
         else:
-            keys[item.name] = Key.of(item, _hint(item, hints), text)
+            keys[item.name] = Key.of(item, hint_of(item, hints), text)
     return Section(keys, lambda given: cls(**given), help, needs)
 
 
@@ -86,9 +86,13 @@ def open_section(cls: type, build: Callable[[dict[str, Any]], Any], help: str = 
     return Section(keys, build, help)
 
 
-def _hint(item: dataclasses.Field, hints: dict[str, Any]) -> Any:
+def hint_of(item: dataclasses.Field, hints: dict[str, Any]) -> Any:
+    """The type of a field: its choices, or null where it may be, or as it is annotated."""
     choices = item.metadata.get("choices")
-    return Literal[tuple(choices)] if choices else hints[item.name]
+    if not choices:
+        return hints[item.name]
+    named: Any = Literal[tuple(choices)]
+    return named | None if type(None) in typing.get_args(hints[item.name]) else named
 
 
 def default_of(item: dataclasses.Field) -> Any:

@@ -24,7 +24,7 @@ from .help import section_text
 from .loader import build as build_section
 from .loader import check_keys, to_dict
 from .model import with_router
-from .options import MISSING, ConfigError, Key, Section, dataclass_section, open_section
+from .options import MISSING, ConfigError, Key, Section, dataclass_section, hint_of, open_section
 from .relevance import Settings
 from .run import (
     MINUTES,
@@ -342,7 +342,7 @@ def kind_section(kind: str) -> Section:
     for item in dataclasses.fields(config):
         if item.name not in declared or item.name in FROM_THE_DATA or "help" not in item.metadata:
             continue
-        hint = Literal[tuple(item.metadata["choices"])] if item.metadata["choices"] else declared[item.name]
+        hint = hint_of(item, declared)
         help = item.metadata["help"]
         if item.metadata["section"] is not None:
             keys[item.name] = item.metadata["section"]

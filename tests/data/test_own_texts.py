@@ -100,9 +100,9 @@ def test_what_is_refused(tmp_path: Path, files: dict[str, bytes], message: str) 
     ("overrides", "message"),
     [
         ([], "data.source: must say where your files are"),
-        (["data.source=x", "data.official=false"], "data.official: is for the published sets"),
-        (["data.task=sst2", "data.text_column=review"], "data.text_column: is for task own"),
-        (["data.task=imdb", "data.label_column=stars"], "data.label_column: is for task own"),
+        (["data.source=x", "data.official=false"], r"data\.official: matters only with data\.task!=own"),
+        (["data.task=sst2", "data.text_column=review"], r"data\.text_column: matters only with data\.task=own"),
+        (["data.task=imdb", "data.label_column=stars"], r"data\.label_column: matters only with data\.task=own"),
     ],
 )
 def test_settings_of_other_tasks_are_refused(overrides: list[str], message: str) -> None:

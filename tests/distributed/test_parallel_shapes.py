@@ -20,12 +20,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from s2moe.config import load
 from s2moe.config.run import RunConfig
 from s2moe.data import ByteTokenizer, write_corpus
 from s2moe.training.processes import Processes
 from s2moe.training.run import pretrain
 from tests.distributed_harness import reset_groups, run_distributed
+from tests.settings import as_in_a_file
 
 pytestmark = pytest.mark.distributed
 
@@ -110,7 +110,7 @@ def runs(corpus: str, output: str, settings: list[dict[str, Any]]) -> None:
     for number, own in enumerate(settings):
         reset_groups()
         overrides = {"name": f"run{number}", "data.dir": corpus, "output_dir": output, **RUN, **own}
-        config = load(RunConfig, None, [f"{key}={value}" for key, value in overrides.items()])
+        config = as_in_a_file(RunConfig, overrides)
         assert pretrain(config, Processes(rank, rank, world, torch.device("cpu"))).finished
 
 

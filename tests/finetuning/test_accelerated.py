@@ -24,7 +24,7 @@ from s2moe.finetuning.trainer import COMPLETE
 from s2moe.moe.routing import RoutingContext
 from tests.distributed_harness import run_distributed
 from tests.models.decoder import tiny
-from tests.test_docs import python_blocks
+from tests.pages import blocks
 
 from .accelerated_jobs import REFUSED, adapter_run, refusals
 from .trainer_jobs import pretrained, weights
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> Run:
     """Starts the script in tmp_path, which has a pre-trained model with selection biases."""
     torch.manual_seed(2)
     tiny("loss_free", {"balance_loss": 0.0}, vocab_size=256).save_pretrained(tmp_path / "runs" / "quickstart" / "hf")
-    (script,) = [block for block in python_blocks("docs/finetuning.md") if "Accelerator()" in block]
+    (script,) = [block for block in blocks("docs/finetuning.md") if "Accelerator()" in block]
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -12,7 +12,7 @@ from launcher import finetune
 from s2moe.config import load
 from s2moe.config.finetune import FinetuneConfig
 from s2moe.config.run import RunConfig
-from tests.test_docs import python_blocks
+from tests.pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
 
 def test_the_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (source,) = [block for block in python_blocks("docs/finetuning.md") if "S2MoETrainer(" in block]
+    (source,) = [block for block in blocks("docs/finetuning.md") if "S2MoETrainer(" in block]
     found: dict[str, object] = {}
     exec(compile(source, "docs/finetuning.md", "exec"), found)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")

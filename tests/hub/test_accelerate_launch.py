@@ -14,7 +14,7 @@ import torch
 from s2moe import S2MoEForCausalLM
 from s2moe.moe.routing import RoutingContext
 from tests.models.decoder import tiny
-from tests.test_docs import python_blocks
+from tests.pages import blocks
 
 
 def reference(model: S2MoEForCausalLM) -> list[float]:
@@ -42,7 +42,7 @@ def reference(model: S2MoEForCausalLM) -> list[float]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["s2moe", "loss_free"])
 def test_the_page_s_script_on_two_processes(tmp_path: Path, method: str) -> None:
-    (script,) = [block for block in python_blocks("docs/huggingface.md") if "Accelerator()" in block]
+    (script,) = [block for block in blocks("docs/huggingface.md") if "Accelerator()" in block]
     (tmp_path / "train.py").write_text(script, encoding="utf-8")
     torch.manual_seed(2)
     model = tiny(method, {"balance_loss": 0.0}, vocab_size=256)  # which counts both processes' loads in one product

@@ -10,7 +10,7 @@ import torch
 from s2moe.data import ByteTokenizer
 from s2moe.hub import save_tokenizer
 from tests.models.decoder import tiny
-from tests.test_docs import python_blocks
+from tests.pages import blocks
 
 
 def test_the_page_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +20,7 @@ def test_the_page_s_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     save_tokenizer(ByteTokenizer(), hf)
     page = "docs/huggingface.md"
     names: dict[str, object] = {}
-    for block in python_blocks(page):
+    for block in blocks(page):
         exec(compile(block, page, "exec"), names)
     assert (tmp_path / "model.pt2").is_file()
     assert (tmp_path / "mixtral" / "config.json").is_file()

@@ -83,7 +83,7 @@ def test_killed_while_writing_leaves_the_old_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("where", ["os.rename", "_write_manifest", "_remove"])
+@pytest.mark.parametrize("where", ["os.rename", "_write_manifest", "remove"])
 def test_killed_while_publishing_leaves_a_complete_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -100,7 +100,7 @@ def test_killed_while_publishing_leaves_a_complete_one(
     remove_temporary(tmp_path)
     latest = find_latest(tmp_path)
     assert latest is not None
-    assert latest.state.step == (2 if where == "_remove" else 1)  # the old one goes only after the new one is there
+    assert latest.state.step == (2 if where == "remove" else 1)  # the old one goes only after the new one is there
     save(FakeEngine(), tmp_path, TrainingState(step=3), keep=1)
     assert names(tmp_path) == ["step-00000003"]
 

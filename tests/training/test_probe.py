@@ -341,7 +341,9 @@ def test_resumed_equals_uninterrupted(finished: Path, straight: Path) -> None:
 
 
 def test_probes_do_not_change_the_run(finished: Path, straight: Path) -> None:
-    assert train(finished, "name=blind", "probe.every=0")["finished"]
+    path, common = tiny_run(finished)
+    blind = run_distributed("tests.training.jobs:train", 1, path, [*common, LIVE[-1], "name=blind"], None)[0]
+    assert blind["finished"]
     blind = finished / "runs" / "blind"
     losses = [
         [event["train/loss"] for event in read_log(run / "metrics.jsonl") if "train/loss" in event]

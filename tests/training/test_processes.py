@@ -141,9 +141,16 @@ def test_an_error_of_one_process_is_printed_by_that_process(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "5")
-    monkeypatch.setattr(os, "_exit", lambda status: None)
+
+    class Left(BaseException):
+        pass
+
+    def leave(status: int) -> None:
+        raise Left
+
+    monkeypatch.setattr(os, "_exit", leave)
     for error in (ConfigError("all say it"), ProcessError("I say it")):
-        with user_errors():
+        with pytest.raises(Left), user_errors():
             raise error
     printed = capsys.readouterr().err
     assert "error: I say it" in printed

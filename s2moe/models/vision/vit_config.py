@@ -84,6 +84,7 @@ class VMoEConfig(VisionConfig):
         None,
         "how the auxiliary losses of SMoE layers are put together: sum or mean; null: sum with moe.method=vmoe, as "
         "published, else mean, as in the language model",
+        choices=("sum", "mean"),
         needs="SMoE layers",
     )
     initializer_range: float | None = option(
