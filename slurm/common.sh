@@ -62,6 +62,11 @@ read_arguments() {
     arguments=()
     local option value shape=(nodes ntasks-per-node gpus-per-node cpus-per-task)
     while (($#)); do
+        case $1 in # sbatch's short forms: -N 2, -N2
+            -N | -c) set -- "$([[ $1 == -N ]] && echo --nodes || echo --cpus-per-task)" "${@:2}" ;;
+            -N[0-9]*) set -- "--nodes=${1#-N}" "${@:2}" ;;
+            -c[0-9]*) set -- "--cpus-per-task=${1#-c}" "${@:2}" ;;
+        esac
         option=${1%%=*} value=""
         if [[ $1 == --dry-run ]]; then
             dry_run=1
@@ -71,6 +76,7 @@ read_arguments() {
             arguments+=("$1" "${2:-}") && shift
         elif [[ $option == --* && " ${shape[*]} " == *" ${option#--} "* ]]; then
             if [[ $1 == *=* ]]; then value=${1#*=}; else value=${2:-} && shift; fi
+            if [[ $option == --gpus-per-node ]]; then value=${value##*:}; fi # a100:4
             [[ $value =~ ^[1-9][0-9]*$ ]] || fail "$option: must be a number, got '$value'"
             [[ -z ${SLURM_JOB_ID:-} ]] || fail "$option is an option of sbatch: give it before the script"
             case $option in

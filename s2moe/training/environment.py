@@ -31,6 +31,16 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
     return int(text)
 
 
+def refuse_mpirun(environment: Mapping[str, str]) -> None:
+    """ConfigError in a process that mpirun started among others: by itself, each would do the whole run."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if number(environment, name, 1) > 1:
+            raise ConfigError(
+                f"mpirun started {environment[name]} processes, and did not set RANK and WORLD_SIZE: start with "
+                "torchrun, deepspeed or srun"
+            )
+
+
 def check_environment(environment: Mapping[str, str]) -> None:
     """ConfigError unless the variables that describe a process can be true."""
     rank, world = number(environment, "RANK"), number(environment, "WORLD_SIZE", least=1)

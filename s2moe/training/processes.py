@@ -22,7 +22,7 @@ import torch.distributed as dist
 from s2moe.config.options import ConfigError
 from s2moe.parallel import deepspeed_compat
 
-from .environment import check_environment, missing_hostfile, number
+from .environment import check_environment, missing_hostfile, number, refuse_mpirun
 from .errors import LostProcessError, ProcessError
 
 
@@ -153,6 +153,7 @@ def describe_process(environment: MutableMapping[str, str]) -> None:
     elif "RANK" in environment:
         raise ConfigError(f"RANK={environment['RANK']} is set but not WORLD_SIZE: set both, or unset RANK")
     else:
+        refuse_mpirun(environment)
         environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     check_environment(environment)

@@ -30,6 +30,15 @@ def dry_run(script: str, *arguments: str, **variables: str) -> list[str]:
     return [line.strip() for line in result.stdout.splitlines()]
 
 
+@pytest.mark.parametrize("nodes", [["-N", "4"], ["-N4"], ["--nodes", "4"]], ids=" ".join)
+@pytest.mark.parametrize("gpus", ["8", "a100:8"])
+def test_a_dry_run_takes_what_sbatch_takes(nodes: list[str], gpus: str) -> None:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    shape = ["--gpus-per-node", gpus, "-c12"]
+    wanted = dry_run("pretrain.sbatch", "--nodes=4", "--gpus-per-node=8", "--cpus-per-task=12", "--config", config)
+    assert dry_run("pretrain.sbatch", *nodes, *shape, "--config", config) == wanted
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_syntax(path: Path) -> None:
     assert bash("-n", str(path)).stderr == ""

@@ -25,6 +25,7 @@ SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_
         ),
         *((TORCHRUN | {name: "-1"}, f"{name} is '-1'") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")),
         *((SLURM | {name: "x"}, f"{name} is 'x'") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID")),
+        *(({name: "2"}, "mpirun started 2 processes") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")),
         (SLURM | {"SLURM_PROCID": "x"}, "RANK is 'x'"),
         (SLURM | {"SLURM_LOCALID": "1.5"}, "LOCAL_RANK is '1.5'"),
         (SLURM | {"SLURM_NTASKS": ""}, "WORLD_SIZE is not set"),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from s2moe.config import load
 from s2moe.config.run import RunConfig
 from s2moe.data import Corpus, WindowSampler
 from s2moe.moe.routing import RoutingContext
+from s2moe.training.evaluation import Score
+from s2moe.training.language import LanguageJob
 from tests.distributed_harness import run_distributed
 
 from .jobs import tiny_run
@@ -81,6 +83,12 @@ def test_a_run_is_the_plain_loop(changes: dict[str, Any], tmp_path: Path) -> Non
     trained = load_file(directory / "hf" / "model.safetensors")
     for name, weight in trained.items():
         torch.testing.assert_close(weight, weights[name], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_validation_s_loss_is_of_a_token_and_its_bits_are_of_a_symbol() -> None:
+    score = Score(nats=12.0, tokens=4, symbols=3)
+    values = LanguageJob.validation_values(cast(LanguageJob, None), score)
+    assert values == {"val/bpc": pytest.approx(12 / math.log(2) / 3), "val/loss": 3.0, "val/symbols": 3}
 
 
 def plain_loop(config: RunConfig, micro: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
