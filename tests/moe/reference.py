@@ -64,7 +64,7 @@ def choose(
     scale: float = 1.0,
     bias_E: Tensor | None = None,
 ) -> list[Choice]:
-    """A token's experts, best first, and their weights (methods digest, gotcha G1 and section 11)."""
+    """A token's experts, best first, and their weights."""
     sigmoid_E, softmax_E = 1 / (1 + torch.exp(-logits_E)), normalise_exp(logits_E)
     affinity_E = sigmoid_E if combine == "sigmoid" else softmax_E
     chosen = best(logits_E if bias_E is None else affinity_E + bias_E, k)
