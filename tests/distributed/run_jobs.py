@@ -72,7 +72,7 @@ PLACES = {
     "engine files synced": (writing, "sync"),
     "manifest": (checkpoint, "_write_manifest"),
     "rename": (os, "rename"),
-    "old one removed": (checkpoint, "_remove"),
+    "old one removed": (checkpoint, "remove"),
 }
 
 
