@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         timing = Timing(config, engine.module, processes, Path(directory), print)
         sampler: Any = RandomTokens(model_config.vocab_size, config.training.sequence_length)
-        feed = TextFeed(config, processes, sampler, bits_per_nat=1.0)
+        feed = TextFeed(config, processes, sampler)
         unused: Any = None
         loop = TrainingLoop(config, engine, processes, feed, TrainingState(), unused, timing, unused, unused, unused)
         engine.train()

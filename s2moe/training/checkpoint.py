@@ -12,6 +12,7 @@ degree silently wrong, therefore `restore` compares the shapes first; reshape.py
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from s2moe.config.options import ConfigError
+from s2moe.moe.config import resolve_moe
 from s2moe.parallel import deepspeed_compat
 
 from .publication import TEMPORARY, require_seen, require_success
@@ -222,6 +224,29 @@ def shape_text(state: TrainingState) -> str:
     )
 
 
+def _architecture(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a model, those of its layers by dotted names, as this version resolves them.
+
+    An earlier version did not know all of them. Those of a similarity loss that is off say nothing.
+    """
+    moe = model.get("moe")
+    if not isinstance(moe, dict):
+        return model
+    with contextlib.suppress(ValueError):  # of a version to come
+        moe = asdict(resolve_moe(moe))
+    flat = _dotted(moe, "moe.")
+    if not flat.get("moe.regularisers.cka_loss"):
+        flat = {name: value for name, value in flat.items() if not name.startswith("moe.regularisers.cka_")}
+    return {name: value for name, value in model.items() if name != "moe"} | flat
+
+
+def _dotted(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _dotted(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return found
+
+
 def require_same(checkpoint: Checkpoint, current: TrainingState) -> None:
     """Raise ConfigError naming every setting in which the run differs so that it cannot continue exactly.
 
@@ -238,7 +263,7 @@ def require_same(checkpoint: Checkpoint, current: TrainingState) -> None:
         for name, label in keys.items()
         if getattr(saved, name) != getattr(current, name)
     ]
-    before, now = saved.config.get("model", {}), current.config.get("model", {})
+    before, now = (_architecture(state.config.get("model", {})) for state in (saved, current))
     changes += [
         f"model.{name} was {before.get(name)}, is {now.get(name)}"
         for name in sorted({*before, *now})
@@ -343,7 +368,10 @@ def verify(checkpoint: Checkpoint, progress: Callable[[], None] = lambda: None) 
 def remove_temporary(directory: Path) -> None:
     """Remove what an earlier process left half-written or half-deleted. For process 0, before training."""
     for path in directory.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def remove_universal(directory: Path, but: Checkpoint | None = None) -> None:

@@ -124,7 +124,8 @@ def _train(job: Job, processes: Processes, watchdog: Watchdog) -> Result:
         saved = checkpoints.restore(engine, source, state)
         state.step, state.samples, state.tokens, state.seconds = saved.step, saved.samples, saved.tokens, saved.seconds
     _from_main(processes, lambda: take_over(job, latest))
-    log = RunLog(config, directory, state.step, processes.is_main, job.symbol)
+    with together(processes):
+        log = RunLog(config, directory, state.step, processes.is_main, job.symbol)
     if latest is not None:
         changes = changes_of_shape(config, latest.state, state, job.sample)
         log.say(f"continuing from {latest.path}, step {state.step}{changes}")
@@ -201,7 +202,7 @@ class Start:
 
 
 def choose_start(job: Job, processes: Processes, progress: Callable[[], None] = lambda: None) -> Start:
-    """Choose the checkpoint to continue from, if there is one; half-written ones go, nothing else. Collective.
+    """Choose the checkpoint to continue from, if there is one; nothing is changed. Collective.
 
     A checkpoint whose files have not the checksums that were written is passed over, like one without all its files.
 
@@ -211,8 +212,6 @@ def choose_start(job: Job, processes: Processes, progress: Callable[[], None] = 
     """
     config, state = job.config, job.state
     folder, damaged = config.directory / "checkpoints", set[Path]()
-    if processes.is_main:
-        checkpoints.remove_temporary(folder)
     while True:
         latest = _from_main(processes, lambda: _choose(config, folder, damaged))
         if latest is None:
@@ -313,6 +312,7 @@ def take_over(job: Job, latest: Checkpoint | None) -> None:
     try:
         (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
         sign(directory, job.kind, job.config.name)
+        checkpoints.remove_temporary(directory / "checkpoints")
         if latest is not None:
             remove_after(directory / PROBES, latest.state.step)
         else:  # nothing of an earlier attempt counts

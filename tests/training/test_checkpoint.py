@@ -7,6 +7,7 @@ import pickle
 import shutil
 import threading
 from collections import OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from s2moe.config import ConfigError
+from s2moe.moe.config import resolve_moe
+from s2moe.moe.methods import METHODS
 from s2moe.parallel.deepspeed_compat import CheckpointFileError, load_file
 from s2moe.training import checkpoint, publication, writing
 from s2moe.training.checkpoint import (
@@ -223,6 +226,39 @@ def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any], message
     require_same(saved, state())
     with pytest.raises(ConfigError, match=message):
         require_same(saved, state(**changes))
+
+
+def of_an_earlier_version(method: str) -> dict[str, Any]:
+    """The layers' options as they were resolved before SimSMoE's loss had forms."""
+    moe = asdict(resolve_moe({"method": method}))
+    del moe["regularisers"]["cka_form"]
+    moe["regularisers"]["cka_shared"] = 4
+    return moe
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_an_earlier_version_goes_on(method: str, tmp_path: Path) -> None:
+    config = {"model": {"moe": of_an_earlier_version(method)}, "training": {}}
+    save(FakeEngine(), tmp_path, state(step=1, config=config), keep=1)
+    saved = find_latest(tmp_path)
+    assert saved is not None
+    now = asdict(resolve_moe({"method": method}))
+    if method == "simsmoe":  # whose loss is another one now
+        with pytest.raises(ConfigError, match=r"model\.moe\.regularisers\.cka_form was batch_mean, is published"):
+            require_same(saved, state(config={"model": {"moe": now}, "training": {}}))
+        now["regularisers"] |= {"cka_form": "batch_mean", "cka_shared": 4}
+    require_same(saved, state(config={"model": {"moe": now}, "training": {}}))
+
+
+def test_a_default_that_has_changed_is_named(tmp_path: Path) -> None:
+    moe = of_an_earlier_version("loss_free")
+    moe["router"]["renormalise"] = True
+    save(FakeEngine(), tmp_path, state(step=1, config={"model": {"moe": moe}}), keep=1)
+    saved = find_latest(tmp_path)
+    assert saved is not None
+    now = {"model": {"moe": asdict(resolve_moe({"method": "loss_free"}))}}
+    with pytest.raises(ConfigError, match=r"model\.moe\.router\.renormalise was True, is False\. "):
+        require_same(saved, state(config=now))
 
 
 def test_more_steps_are_allowed(tmp_path: Path) -> None:
