@@ -111,7 +111,7 @@ def test_the_compared_runs_differ_in_the_router_alone() -> None:
 @pytest.mark.timeout(1800)
 def test_the_commands_run(tmp_path: Path) -> None:
     """In a copy of the project, with the page's file and entry: its tests, and its comparison on short runs."""
-    for folder in ("s2moe", "launcher", "data_prep", "configs", "tests"):
+    for folder in ("s2moe", "launcher", "data_prep", "benchmarks", "configs", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "s2moe/moe/routers/random.py").write_text(ROUTER)

@@ -58,7 +58,7 @@ class S2MoEConfig(PreTrainedConfig):
         1024, "hidden width of the dense layers' MLP", least=1, most=LARGEST, needs="dense layers"
     )
     max_position_embeddings: int = option(2048, "longest sequence", least=1, most=2**30)
-    rms_norm_eps: float = option(1e-6, "epsilon of RMSNorm", above=0, below=1)
+    rms_norm_eps: float = option(1e-6, "epsilon of RMSNorm", above=0, most=1)
     rope_parameters: dict | None = option(None, "rotary embedding; null: theta 10000 without scaling")
     attention_dropout: float = option(0.0, "dropout of attention probabilities", least=0, below=1)
     hidden_dropout: float = option(0.0, "dropout of each residual branch", least=0, below=1)

@@ -295,7 +295,7 @@ def test_an_optimizer_in_the_hosts_memory(
         ({"training.precision": "bf16"}, "training.precision was fp32, is bf16"),
         ({"training.global_batch": 16}, "training.global_batch was 8, is 16"),
         ({"training.sequence_length": 16}, "training.sequence_length was 32, is 16"),
-        ({"model.moe.expert_hidden": 64}, "model.moe was "),
+        ({"model.moe.expert_hidden": 64}, "model.moe.expert_hidden was 32, is 64"),
     ],
     ids=str,
 )

@@ -67,7 +67,7 @@ class VMoEConfig(VisionConfig):
         "none: a dense ViT",
     )
     activation: str = option("gelu", "of MLPs and experts (the released code: gelu_tanh)", choices=ACTIVATIONS)
-    layer_norm_eps: float = option(1e-6, "epsilon of LayerNorm", above=0, below=1)
+    layer_norm_eps: float = option(1e-6, "epsilon of LayerNorm", above=0, most=1)
     dropout: float = option(
         0.0, "dropout of the embedding, of attention's output and within dense MLPs", least=0, below=1
     )
