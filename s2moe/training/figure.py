@@ -64,7 +64,7 @@ def _curve(
             f"{last[held_out]:.3f}",
             (last["step"], last[held_out]),
             textcoords="offset points",
-            xytext=(-8, 10),
+            xytext=(-8, 10) if closing is None else (4, -16),  # above its curve, or below the figure of the whole
             ha="right",
         )
     length = next(f"{training[-1][name]:,} {name}" for name in ("tokens", "images") if name in training[-1])
