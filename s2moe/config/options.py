@@ -9,6 +9,7 @@ transformers) supplies its own `Section`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -55,6 +56,7 @@ class Section:
     needs: str = ""
 
 
+@functools.cache  # evaluating a class's annotations takes most of the time of reading settings
 def dataclass_section(cls: type, help: str = "", needs: str = "") -> Section:
     """The section described by a dataclass: nested dataclasses become nested sections."""
     hints = typing.get_type_hints(cls)
