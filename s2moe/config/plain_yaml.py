@@ -16,6 +16,7 @@ import yaml
 from .options import ConfigError
 
 DEPTH = 50  # of nested lists and sections
+VALUES = 10_000  # of a file with aliases, each counted as what it stands for: ten lines can stand for 10^9 values
 WHOLE = r"[-+]?[0-9]+(?:_[0-9]+)*"
 NUMBERS = {
     "tag:yaml.org,2002:int": re.compile(f"{WHOLE}$"),
@@ -32,20 +33,28 @@ class PlainLoader(yaml.SafeLoader):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._open: list[str | None] = []  # anchors of the nodes that are being read
+        self._values = 0  # read so far, aliases written out
+        self._sizes: dict[str | None, int] = {}  # of the nodes with an anchor, likewise
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self._open:
                 raise _error(f"*{event.anchor} contains itself", event)
+            self._values += self._sizes.get(event.anchor, 0)
+            if self._values > VALUES:
+                raise _error(f"aliases make it more than {VALUES} values: write out what is meant", event)
             return super().compose_node(parent, index)
         if event.tag not in (None, "!"):
             raise _error(f"the tag {event.tag!r} is not read: write the plain value", event)
         if len(self._open) >= DEPTH:
             raise _error(f"nested more than {DEPTH} levels deep", event)
+        before = self._values
+        self._values += 1
         self._open.append(event.anchor)
         node = super().compose_node(parent, index)
         self._open.pop()
+        self._sizes[event.anchor] = self._values - before
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:

@@ -201,11 +201,21 @@ def test_yaml_means_what_people_read(text: str, value: Any) -> None:
     assert (found, type(found)) == (value, type(value))
 
 
+def test_an_alias_is_what_it_stands_for() -> None:
+    shared = [0.9, 0.95]
+    written = write_yaml({"a": shared, "b": shared})
+    assert "*" in written
+    assert parse_yaml(written, "it") == {"a": shared, "b": shared}
+
+
 @pytest.mark.parametrize(
     "value", ["1e-3", "1:30", "0100", "0x1F", "2026-11-31", "yes", "null", "1_000", "=", "", "a b"]
 )
 def test_text_that_looks_like_something_else_is_written_so_that_it_stays_text(value: str) -> None:
     assert parse_yaml(write_yaml({"name": value}), "it") == {"name": value}
+
+
+GROWING = "a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 20)}]" for n in range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +233,7 @@ def test_text_that_looks_like_something_else_is_written_so_that_it_stays_text(va
         ("a: b: c", "mapping values are not allowed"),
         ("\x00", "not valid YAML"),
         ("*x", "undefined alias"),
+        (GROWING, "line 4: .*more than 10000 values"),
         ("--- 1\n--- 2", "another document"),
     ],
 )

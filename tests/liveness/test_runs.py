@@ -41,6 +41,9 @@ VALUES: dict[str, list[Any]] = {
     "training.zero_stage": [2, 3],
 }
 
+DIGITS = ["model.architecture=digits"]
+VMOE = ["model.kind=vmoe", "model.size=digits/2", "model.moe.num_experts=4"]
+
 Cases = list[tuple[list[str], str]]
 IN_RUNS: dict[str, Cases] = {  # (the settings under which it matters, the other value)
     "text": [
@@ -53,6 +56,7 @@ IN_RUNS: dict[str, Cases] = {  # (the settings under which it matters, the other
         ([], "training.precision=bf16"),
         ([], "training.freeze=experts"),
         ([], "training.activation_checkpointing=true"),
+        ([], "training.compile=true"),
         ([], "training.stop_after_minutes=1e-9"),
         ([], "evaluation.every=1"),
         ([], "evaluation.context=4"),
@@ -72,19 +76,21 @@ IN_RUNS: dict[str, Cases] = {  # (the settings under which it matters, the other
         ([], "profile.layers_every=1"),
     ],
     "vision": [
-        ([], "seed=2"),
-        ([], "data.augmentation=flip_crop"),
-        ([], "data.normalise=false"),
-        ([], "data.fraction=0.3"),
-        ([], "data.max_train=64"),
-        ([], "data.max_test=20"),
-        ([], "optimizer.name=sgd"),
-        ([], "optimizer.name=rmsprop"),
-        ([], "evaluation.every=1"),
-        ([], "evaluation.batch=7"),
-        ([], "training.global_batch=8"),
-        ([], "training.steps=3"),
-        ([], "training.precision=bf16"),
+        (DIGITS, "seed=2"),
+        (DIGITS, "data.augmentation=flip_crop"),
+        (DIGITS, "data.normalise=false"),
+        (DIGITS, "data.fraction=0.3"),
+        (DIGITS, "data.max_train=64"),
+        (DIGITS, "data.max_test=20"),
+        (DIGITS, "optimizer.name=sgd"),
+        (DIGITS, "optimizer.name=rmsprop"),
+        (DIGITS, "evaluation.every=1"),
+        (DIGITS, "evaluation.batch=7"),
+        (DIGITS, "training.global_batch=8"),
+        (DIGITS, "training.steps=3"),
+        (DIGITS, "training.precision=bf16"),
+        (VMOE, "training.freeze=experts"),
+        (VMOE, "training.activation_checkpointing=true"),
     ],
 }
 ELSEWHERE: dict[str, str] = {  # the test that looks at a key
@@ -97,7 +103,6 @@ ELSEWHERE: dict[str, str] = {  # the test that looks at a key
     "data.options": "tests/data/test_images_files.py",
     "training.sequence_parallel": "tests/distributed/test_parallel_shapes.py",
     "training.expert_parallel": "tests/distributed/test_parallel_shapes.py",
-    "training.compile": "tests/models/test_training.py",
     "training.timeout_minutes": "tests/training/test_watchdog.py",
     "training.epochs": "tests/config/test_vision_config.py",
     "evaluation.every_epochs": "tests/config/test_vision_config.py",
@@ -105,7 +110,7 @@ ELSEWHERE: dict[str, str] = {  # the test that looks at a key
     "init.noise": "tests/training/test_initial.py",
     "init.stage": "tests/models/vision/test_mixture_stages.py",
     "checkpoint.resume": "tests/training/test_run.py",
-    "logging.sample_prompt": "tests/training/test_figures.py",
+    "logging.sample_prompt": "tests/training/test_report.py",
     "logging.sample_tokens": "tests/training/test_figures.py",
 }
 

@@ -104,6 +104,21 @@ def test_a_sweep_has_a_run_for_each_pair() -> None:
     assert logs == [f"logs/sweep-0_{number}/rank-%t.log" for number in range(4)]
 
 
+def test_spaces_between_methods_are_in_no_name() -> None:
+    lines = dry_run("sweep.sbatch", "--methods", "smoe, s2moe", "--seeds=1, 2", "--config", CONFIG)
+    names = [line.partition(" name=")[2] for line in lines if line.startswith("srun ")]
+    assert names == [f"quickstart-{method}-seed{seed}" for method in ("smoe", "s2moe") for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.name)
+def test_help_is_the_head_of_the_script(path: Path, option: str) -> None:
+    result = bash(str(path), option)
+    assert (result.returncode, result.stderr) == (0, "")
+    head = path.read_text().partition("\n#SBATCH")[0].splitlines()[1:]
+    assert result.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
@@ -133,6 +148,31 @@ def test_a_sweep_has_a_run_for_each_pair() -> None:
             ["sweep.sbatch", "--dry-run", "--methods=smoe", "--seeds=1,12,1", "--config", CONFIG],
             {},
             "error: --seeds: 1 is given twice",
+        ),
+        (
+            ["sweep.sbatch", "--dry-run", "--methods=smoe,s2mo", "--seeds=1", "--config", CONFIG],
+            {},
+            "error: --methods: 's2mo' is none",
+        ),
+        (
+            ["sweep.sbatch", "--dry-run", "--methods=smoe", "--seeds=1,x", "--config", CONFIG],
+            {},
+            "error: --seeds: must be whole numbers with commas between, got 'x'",
+        ),
+        (
+            ["sweep.sbatch", "--dry-run", "--methods=smoe", "--seeds=1", "--config", CONFIG, "seed=3"],
+            {},
+            "error: seed is decided for each run: give --seeds and --methods",
+        ),
+        (
+            ["sweep.sbatch", "--dry-run", "--methods=smoe", "--seeds=1", "--config", CONFIG, "model.moe.method=s2moe"],
+            {},
+            "error: model.moe.method is decided for each run: give --seeds and --methods",
+        ),
+        (
+            ["pretrain.sbatch", "--dry-run", "--gpus=4", "--config", CONFIG],
+            {},
+            "error: --gpus is not an option of launcher/pretrain.py in a job",
         ),
         (
             ["sweep.sbatch", "--methods=smoe,s2moe", "--seeds=1", "--config", CONFIG],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -13,6 +14,8 @@ import torch
 import yaml
 
 from launcher import compare, evaluate
+from s2moe.config import load
+from s2moe.config.run import RunConfig
 from s2moe.data import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -25,6 +28,7 @@ from s2moe.data import (
 from s2moe.hub import save_tokenizer
 from s2moe.hub.card import write_card
 from s2moe.training import metrics_log
+from s2moe.training import report as closing
 from s2moe.training.compare_runs import compare_runs
 from s2moe.training.console import format_figures
 from s2moe.training.evaluation import Score
@@ -149,6 +153,18 @@ def test_the_sample_is_drawn_from_the_models_own_distribution(tmp_path: Path) ->
             logits = model(ids, use_cache=False).logits[:, -1].float()
             ids = torch.cat((ids, torch.multinomial((logits / 0.8).softmax(-1), 1)), dim=1)
     assert sample(tmp_path / "hf", corpus, "a b  c   d", 20, 5) == tokenizer.decode(ids[0].numpy())
+
+
+def test_the_closing_sample_continues_the_prompt_of_the_settings(
+    run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = run
+    prompt = ["logging.sample_prompt=old", "logging.sample_tokens=3"]
+    config = load(RunConfig, directory / "config.yaml", prompt)
+    state = SimpleNamespace(step=3, tokens=9, seconds=1.0)
+    result: Any = SimpleNamespace(score=1, hf=directory / "hf", state=state, timing=None, directory=directory)
+    monkeypatch.setattr(closing, "comparison", lambda *_: "")
+    assert "\n\nsample:\nold" in closing.report(config, result)
 
 
 def test_whoever_generates_says_what_is_no_padding() -> None:
