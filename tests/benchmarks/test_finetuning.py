@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -94,6 +95,7 @@ def test_models_differ_in_the_method_alone_and_cost_the_same(tmp_path: Path) -> 
 
 def test_a_campaign_and_its_extension(words: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
+    words += ["--pretrain", "seed=5"]
     assert finetuning.main([*words, "--seeds", "1,2", "--methods", "smoe,dense"]) == 0
     content = json.loads((out / "results.json").read_text())
     assert content["summary"]["smoe"]["sst2"]["mean"] == pytest.approx(0.65)
@@ -105,7 +107,7 @@ def test_a_campaign_and_its_extension(words: list[str], tmp_path: Path) -> None:
     table = (out / "results.md").read_text()
     assert "| 2.500 | 65.0 ± 7.1 |" in table
     assert "| published: smoe | 63 | 1.12 | 81.5 |" in table
-    assert "Pre-training: 640 tokens" in table
+    assert re.search("Pre-training: 640 tokens of .*, seed 5; ", table)
     assert "sst2: 10 / 2 / 3 texts, 7 steps" in table
     before = starts(out)
     assert set(before.values()) == {1}

@@ -145,6 +145,8 @@ def test_mistakes_end_with_what_to_do(hf: Path, tmp_path: Path, capsys: pytest.C
     foreign("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ConfigError, match="without SMoE layers of this project"):
         told("--checkpoint", str(tmp_path / "dense"), "ab")
+    with pytest.raises(ConfigError, match=r"--data: .* has its own tokenizer: leave it out"):
+        told("--checkpoint", str(hf), "ab", "--data", str(tmp_path / "nothing"))
     (hf / "tokenizer_config.json").unlink()
     with pytest.raises(ConfigError, match="has no tokenizer: give the corpus"):
         told("--checkpoint", str(hf), "ab")

@@ -131,13 +131,22 @@ def test_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "none fits; the smallest in detail" in capsys.readouterr().out
 
 
-def test_planned_imbalance_is_what_dispatch_must_hold(tmp_path: Path) -> None:
+def dispatch_of(target: Path, *imbalance: str) -> dict[str, float]:
+    """Bytes of dispatch of each shape with expert parallelism 8, as the command writes them."""
     small = ["--config", str(LARGE), "model.num_hidden_layers=6", "training.global_batch=64"]
-    dispatch = []
-    for imbalance in ("1", "2"):
-        main([*small, "--imbalance", imbalance, "--json", str(tmp_path / "all.json")])
-        shapes = json.loads((tmp_path / "all.json").read_text())["shapes"]
-        dispatch.append({str(s["overrides"]): s["memory"]["dispatch"] for s in shapes if s["expert_parallel"] == 8})
+    main([*small, *imbalance, "--json", str(target)])
+    shapes = json.loads(target.read_text())["shapes"]
+    return {str(s["overrides"]): s["memory"]["dispatch"] for s in shapes if s["expert_parallel"] == 8}
+
+
+def test_the_busiest_rank_follows_from_the_spread_of_the_loads(tmp_path: Path) -> None:
+    even, uneven = (dispatch_of(tmp_path / "all.json", "--load-cv", value) for value in ("0", "2"))
+    assert even
+    assert all(uneven[shape] > size for shape, size in even.items())
+
+
+def test_planned_imbalance_is_what_dispatch_must_hold(tmp_path: Path) -> None:
+    dispatch = [dispatch_of(tmp_path / "all.json", "--imbalance", value) for value in ("1", "2")]
     assert dispatch[0].keys() == dispatch[1].keys()
     # Twice as many rows received and computed, as many sent and returned.
     assert all(dispatch[1][shape] == pytest.approx(1.5 * size) for shape, size in dispatch[0].items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from s2moe.models import S2MoEForCausalLM
 from s2moe.models.configuration import S2MoEConfig
 from s2moe.training.evaluation import Protocol
 from s2moe.training.export import write_hf
-from s2moe.training.standalone import evaluate_weights, export_checkpoint, find_device
+from s2moe.training.standalone import evaluate_weights, export_checkpoint, find_device, protocol_of
 from s2moe.training.weights import Weights, find_weights
 from s2moe.training.windows import LEGACY_PROTOCOLS
 from tests.distributed_harness import run_distributed
@@ -66,6 +67,7 @@ def test_the_tokenizer_must_be_that_of_training(tmp_path: Path) -> None:
         write_corpus(tmp_path / name, name, splits, tokenizer)
     answer = evaluate(hf, tmp_path / "bytes", "--context", "8", "--segment", "8")
     assert (answer["symbols"], answer["attention_window"]) == (len(TEXT), 16)
+    assert evaluate(hf, tmp_path / "bytes", "--context", "8", "--segment", "4")["bpc"] != answer["bpc"]
     with pytest.raises(ConfigError, match=r"was trained with the tokenizer byte:.*characters has char.*: give"):
         evaluate(hf, tmp_path / "characters")
 
@@ -164,6 +166,15 @@ def test_options_without_their_partner(arguments: tuple[str, ...], capsys: pytes
         slim = ["slim", "--checkpoint", "x", "--data", "y", option, value, *more[:2]]
         with pytest.raises(SystemExit):
             compare.parse(slim)
+
+
+@pytest.mark.parametrize(
+    "option", ["context", "segment", "batch", "max-symbols", "attention-window", "experts-per-token"]
+)
+def test_a_size_that_is_asked_for_is_that_of_the_protocol(option: str) -> None:
+    model: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=16))
+    options = parse(["--checkpoint", "x", "--data", "y", f"--{option}", "3"])
+    assert getattr(protocol_of(options, model), option.replace("-", "_")) == 3
 
 
 def test_a_protocol_with_sizes_of_its_own_is_recorded_without_those_of_another() -> None:

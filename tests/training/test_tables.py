@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -243,6 +244,18 @@ def test_where_a_run_lies_is_none_of_its_settings(small: str, tmp_path: Path) ->
     longer = plan_runs(read_table(small), tmp_path, 1, epochs=3)
     assert settings_of(longer[0][0].config) != settings_of(here[0][0].config)
     assert not is_finished(here[0][0])
+
+
+@pytest.mark.parametrize(
+    ("given", "override"),
+    [({"epochs": 3}, "training.epochs=2"), ({"epochs": 3}, "training.steps=2"), ({"source": "x"}, "data.source=y")],
+)
+def test_what_an_option_decides_is_no_override(
+    small: str, tmp_path: Path, given: dict[str, Any], override: str
+) -> None:
+    message = f"^{override.partition('=')[0]}: --{next(iter(given))} decides it: give one of them"
+    with pytest.raises(ConfigError, match=message):
+        plan_runs(read_table(small), tmp_path, 1, overrides=[override], **given)
 
 
 def run_of(row: str, seed: int, error: float) -> Run:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from s2moe.config import load
+from s2moe.config.vision import VisionRunConfig
 from s2moe.data.images import open_images
 from s2moe.models.vision import MixtureConfig, MixtureModel
 from s2moe.training import metrics_log
 from s2moe.training.image_evaluation import evaluate_images
 from s2moe.training.processes import Processes
-from s2moe.training.vision import read_evaluation
+from s2moe.training.vision import ImageFeed, read_evaluation
 from s2moe.training.vision_initial import load_vision_model
 from tests.distributed_harness import DistributedError, run_distributed
 from tests.run_logs import reproducible_events
@@ -25,6 +27,7 @@ from tests.training import vision_jobs
 pytestmark = pytest.mark.distributed
 
 ATTENTIVE = {"model.gate": "attentive"}
+STEPS = ["data.name=digits", "training.steps=1", "training.global_batch=16"]
 
 
 def run(output: Path, settings: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
@@ -88,6 +91,15 @@ def test_what_was_before_training_is_kept_over_a_resume(tmp_path: Path) -> None:
     assert whole == parts
     assert whole["h_s"] != whole["h_s_before"] > 2  # an untrained gate is even: log2 of 5 experts is 2.32
     assert abs(whole["pes_before"]) < 0.2
+
+
+def test_the_seed_of_a_run_is_that_of_the_order_of_its_images() -> None:
+    seen = []
+    for seed in (1, 2):
+        config = load(VisionRunConfig, None, ["name=x", "model.architecture=digits", *STEPS, f"seed={seed}"])
+        feed = ImageFeed(config, Processes(0, 0, 1, torch.device("cpu")), config.open_images())
+        seen.append(feed.inputs(0, 0)["labels"])
+    assert not seen[0].equal(seen[1])
 
 
 def test_a_model_in_training_mode_is_not_evaluated() -> None:
@@ -177,6 +189,10 @@ def test_distillation_keeps_the_experts(alone: Path, tmp_path: Path) -> None:
             assert student[name].equal(weight), name
     assert not student["gate.trunk.fc1.weight"].equal(teacher["gate.trunk.fc1.weight"])
     assert "error_top1" in read_evaluation(tmp_path / "run")["figures"]
+    run(tmp_path / "begun", {**settings, "training.steps": 1, "optimizer.lr": 1e-30})
+    for name, weight in teacher.items():  # the trunk that makes a gate's features is the teacher's too
+        if name.startswith("gate.trunk."):
+            assert weights(tmp_path / "begun")[name].equal(weight), name
 
 
 def test_a_stage_says_which_settings_it_needs(alone: Path, tmp_path: Path) -> None:
