@@ -19,8 +19,11 @@ from s2moe.training.processes import Processes
 from s2moe.training.signals import catch_stop_signals
 
 
-def language_model(directory: Path, tokenizer: Tokenizer | None = None) -> None:
-    """What a pre-training run leaves in hf/: a small model with S2MoE layers, of bytes, not trained at all."""
+def language_model(directory: Path, tokenizer: Tokenizer | None = None, experts_per_token: int = 1) -> None:
+    """What a pre-training run leaves in hf/: a small model with S2MoE layers, of bytes, not trained at all.
+
+    With all four experts for every token no choice depends on rounding.
+    """
     tokenizer = tokenizer or ByteTokenizer()
     torch.manual_seed(0)
     config = S2MoEConfig(
@@ -30,7 +33,13 @@ def language_model(directory: Path, tokenizer: Tokenizer | None = None) -> None:
         num_attention_heads=4,
         hidden_dropout=0.05,
         max_position_embeddings=64,
-        moe={"method": "s2moe", "num_experts": 4, "expert_hidden": 32, "stochastic": {"samples": 16}},
+        moe={
+            "method": "s2moe",
+            "num_experts": 4,
+            "expert_hidden": 32,
+            "experts_per_token": experts_per_token,
+            "stochastic": {"samples": 16},
+        },
     )
     S2MoEForCausalLM(config).save_pretrained(directory)
     tokenizer.save(directory)

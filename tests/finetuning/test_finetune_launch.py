@@ -33,7 +33,7 @@ STEPS_AN_EPOCH, EPOCHS = 9, 6
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a small language model, hf/, and a small SST-2, glue/, of 9 x 24 training texts."""
     directory = tmp_path_factory.mktemp("launch")
-    language_model(directory / "hf")
+    language_model(directory / "hf", experts_per_token=4)
     glue(directory / "glue", (240, 60))
     return directory
 
@@ -116,7 +116,7 @@ def test_one_process_comes_to_the_same(files: Path, whole: Path) -> None:
     for ours, theirs in zip(figures(whole), figures(single), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            # Rounding may send a single token to another expert, which figures that count tokens show.
+            # Rounding may change a token's first expert, or its place in InfoNCE: figures that count show it.
             tolerance = 0.02 if name.startswith("layer_") else 1e-4
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=tolerance), (ours["step"], name)
     assert results(whole)["test_loss"] == pytest.approx(results(single)["test_loss"], rel=1e-3)

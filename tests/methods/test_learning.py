@@ -1,4 +1,4 @@
-"""Every published method learns real text: 300 steps on the documentation that comes with Python."""
+"""Every published method learns real text: 150 steps on the documentation that comes with Python."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     train, valid = content[:-20_000], content[-20_000:]
     directory = tmp_path_factory.mktemp("text") / "topics"
     write_corpus(directory, "topics", {"train": train, "valid": valid, "test": valid}, ByteTokenizer())
-    return Text(directory, sequence=64, batch=16, steps=300, lr=4e-3, scored=8_000)
+    return Text(directory, sequence=64, batch=16, steps=150, lr=4e-3, scored=8_000)
 
 
 @pytest.mark.slow
