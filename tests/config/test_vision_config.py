@@ -63,6 +63,7 @@ def test_impossible_settings_are_named(override: str, message: str) -> None:
         (["model.num_experts=1", "model.gate=attentive"], "model: gate: num_experts=1 has no gate"),
         (["training.expert_parallel=2"], "training.expert_parallel: must be 1: model.kind=mixture"),
         (["training.freeze=experts"], "training.freeze: model.kind=mixture has no SMoE layers"),
+        (["training.activation_checkpointing=true"], "activation_checkpointing: model.kind=mixture does not recompute"),
         (["training.zero_stage=3"], "training.zero_stage: must be 1 or 2"),
         (["model.kind=vmoe", "training.expert_parallel=3"], "must divide model.moe.num_experts=8"),
         (["model.kind=vmoe", "model.moe.method=vmo"], "vmo"),

@@ -286,12 +286,14 @@ def test_noise_drawn_otherwise_is_said_in_the_same_shape_too(
 def test_changed_settings_are_said_when_a_run_goes_on(finished: Path) -> None:
     changed = ["training.steps=7", "optimizer.lr=0.02", "checkpoint.keep=5", "logging.every=2"]
     path, common = tiny_run(finished)
-    for name, overrides in (("first", []), ("second", changed), ("third", changed)):
+    begun = [*changed, f"init.weights={finished / 'runs' / 'whole'}"]
+    for name, overrides in (("first", []), ("second", changed), ("third", changed), ("fourth", begun)):
         answer, said = run_distributed(SAYING, 1, path, [*common, "name=changed", *overrides])[0]
         assert answer["finished"], answer
         lines = [line for line in said if "settings changed" in line]
         expected = "settings changed since that checkpoint: optimizer.lr 0.01 -> 0.02, training.steps 6 -> 7"
         assert lines == ([expected] if name == "second" else [])
+        assert ("init changes nothing here: it is for a run's first start" in said) == (name == "fourth")
 
 
 def test_changed_settings() -> None:
