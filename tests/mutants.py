@@ -14,6 +14,7 @@ import ast
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -131,8 +132,18 @@ def draw(folder: Path, count: int, seed: int) -> list[Mutant]:
     return sorted(random.Random(seed).sample(every, min(count, len(every))), key=str)
 
 
-def tests_of(folder: Path) -> list[str]:
-    """The tests that lie where the product's folder does, or all."""
+def tests_of(file: Path) -> list[str]:
+    """The test files that speak of a module most, its own first, and then the folder that lies where the module does."""
+    word = re.compile(rf"\b{re.escape(file.stem)}\b")
+    found = {path: len(word.findall(path.read_text("utf-8"))) for path in ROOT.glob("tests/**/test_*.py")}
+    nearest = sorted((path for path in found if found[path]), key=lambda path: (-found[path], path))[:3]
+    own = sorted(path for path in found if path.stem == f"test_{file.stem}")
+    first = dict.fromkeys(str(path.relative_to(ROOT)) for path in [*own, *nearest])
+    return [*first, *folder_of_tests(file)]
+
+
+def folder_of_tests(folder: Path) -> list[str]:
+    """The tests that lie where the product's folder or file does, or all."""
     parts = folder.relative_to(ROOT).with_suffix("").parts[1:]
     for length in range(len(parts), 0, -1):
         mirrored = Path("tests", *parts[:length])
@@ -191,14 +202,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder or file of the product")
     parser.add_argument(
-        "--tests", nargs="+", help="what should notice (default: the folder of the same name in tests/)"
+        "--tests",
+        nargs="+",
+        help="what should notice (default: the test files that speak of a mutant's module, then the folder in tests/ of "
+        "the same name)",
     )
+    parser.add_argument("--trust", action="store_true", help="do not try first whether the tests pass as it is")
     parser.add_argument("--count", type=int, default=50, help="mutants to draw (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the draw (%(default)s)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a mutant, which is then killed")
     options = parser.parse_args()
     folder = options.folder.resolve()
-    tests = options.tests or tests_of(folder)
+    known = options.tests or folder_of_tests(folder)
     mutants = draw(folder, options.count, options.seed)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as tests/conftest.py has it, before it is read
     import deepspeed  # noqa: F401 (once, for all forks)
@@ -209,17 +224,17 @@ def main() -> int:
         left = shutil.ignore_patterns(".git", ".venv", "runs", "data", "*_cache", "__pycache__")
         shutil.copytree(ROOT, tree, ignore=lambda at, names: left(at, names) if Path(at) == ROOT else set())
         start = time.monotonic()
-        if verdict(tree, None, tests, options.timeout) != SURVIVED:
-            print(f"{' '.join(tests)} fail or take over {options.timeout:g} s without a mutation", file=sys.stderr)
+        if not options.trust and verdict(tree, None, known, options.timeout) != SURVIVED:
+            print(f"{' '.join(known)} fail or take over {options.timeout:g} s without a mutation", file=sys.stderr)
             return 2
-        print(f"{len(mutants)} mutants of {options.folder}, {time.monotonic() - start:.0f} s each at most", flush=True)
+        print(f"{len(mutants)} mutants of {options.folder}; {time.monotonic() - start:.0f} s to begin with", flush=True)
         survivors = []
         for number, mutant in enumerate(mutants, 1):
-            found = verdict(tree, mutant, tests, options.timeout)
+            found = verdict(tree, mutant, options.tests or tests_of(ROOT / mutant.path), options.timeout)
             print(f"[{number}/{len(mutants)}] {found}: {mutant}", flush=True)
             if found == SURVIVED:
                 survivors.append(mutant)
-    print(f"\n{len(survivors)} of {len(mutants)} survive {' '.join(tests)}:", *survivors, sep="\n  ")
+    print(f"\n{len(survivors)} of {len(mutants)} survive:", *survivors, sep="\n  ")
     return 1 if survivors else 0
 
 

@@ -52,5 +52,7 @@ def test_every_mutant_of_the_product_is_still_python() -> None:
 def test_the_draw_and_the_tests_of_a_folder() -> None:
     folder = mutants.ROOT / "s2moe" / "moe" / "routers"
     assert mutants.draw(folder, 5, seed=1) == mutants.draw(folder, 5, seed=1) != mutants.draw(folder, 5, seed=2)
-    assert mutants.tests_of(folder) == ["tests/moe"]
-    assert mutants.tests_of(mutants.ROOT / "s2moe" / "options.py") == ["tests"]
+    assert mutants.folder_of_tests(folder) == ["tests/moe"]
+    assert mutants.folder_of_tests(mutants.ROOT / "s2moe" / "options.py") == ["tests"]
+    nearest = mutants.tests_of(mutants.ROOT / "s2moe" / "moe" / "token_graph.py")
+    assert (nearest[0], nearest[-1]) == ("tests/moe/test_token_graph.py", "tests/moe")
