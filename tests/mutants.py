@@ -133,7 +133,7 @@ def draw(folder: Path, count: int, seed: int) -> list[Mutant]:
 
 
 def tests_of(file: Path) -> list[str]:
-    """The test files that speak of a module most, its own first, and then the folder that lies where the module does."""
+    """The test files that speak of a module most, its own first, and then the folder of tests of the same name."""
     word = re.compile(rf"\b{re.escape(file.stem)}\b")
     found = {path: len(word.findall(path.read_text("utf-8"))) for path in ROOT.glob("tests/**/test_*.py")}
     nearest = sorted((path for path in found if found[path]), key=lambda path: (-found[path], path))[:3]
