@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument(
         "--tests",
         nargs="+",
-        help="what should notice (default: the test files that speak of a mutant's module, then the folder in tests/ of "
+        help="what should notice (default: the test files that speak of a mutant's module, then the folder of tests of "
         "the same name)",
     )
     parser.add_argument("--trust", action="store_true", help="do not try first whether the tests pass as it is")
