@@ -58,15 +58,12 @@ def _curve(
         label = "validation" if closing is None else "validation, of its first part"
         axis.plot([e["step"] for e in validation], [e[held_out] for e in validation], "o-", ms=4, label=label)
     if closing is not None:
-        axis.plot(closing["step"], closing[held_out], "D", ms=6, label="validation, all of it")
-    if last := closing or (validation[-1] if validation else None):
-        axis.annotate(
-            f"{last[held_out]:.3f}",
-            (last["step"], last[held_out]),
-            textcoords="offset points",
-            xytext=(-8, 10) if closing is None else (4, -16),  # above its curve, or below the figure of the whole
-            ha="right",
-        )
+        label = f"validation, all of it: {closing[held_out]:.3f}"
+        axis.plot(closing["step"], closing[held_out], "D", ms=6, label=label)
+    elif validation:
+        last = validation[-1]
+        place: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 10), "ha": "right"}
+        axis.annotate(f"{last[held_out]:.3f}", (last["step"], last[held_out]), **place)
     length = next(f"{training[-1][name]:,} {name}" for name in ("tokens", "images") if name in training[-1])
     axis.set(title=length, xlabel="step", ylabel=unit)
     lowest, highest = (of(e[train] for e in training) for of in (min, max))
