@@ -56,9 +56,13 @@ class Section:
     needs: str = ""
 
 
-@functools.cache  # evaluating a class's annotations takes most of the time of reading settings
 def dataclass_section(cls: type, help: str = "", needs: str = "") -> Section:
     """The section described by a dataclass: nested dataclasses become nested sections."""
+    return _section(cls, help, needs)
+
+
+@functools.cache  # evaluating a class's annotations takes most of the time of reading settings
+def _section(cls: type, help: str, needs: str) -> Section:
     hints = typing.get_type_hints(cls)
     keys: dict[str, Key | Section] = {}
     for item in dataclasses.fields(cls):
