@@ -116,8 +116,8 @@ def test_one_process_comes_to_the_same(files: Path, whole: Path) -> None:
     for ours, theirs in zip(figures(whole), figures(single), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            # Rounding may change a token's first expert, or its place in InfoNCE: figures that count show it.
-            tolerance = 0.02 if name.startswith("layer_") else 1e-4
+            # Rounding may change a token's first expert, or its place in InfoNCE: one of 32 samples is 0.031.
+            tolerance = 0.065 if name.startswith("layer_") else 1e-4
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=tolerance), (ours["step"], name)
     assert results(whole)["test_loss"] == pytest.approx(results(single)["test_loss"], rel=1e-3)
     found, expected = (load_file(run / "hf" / "model.safetensors") for run in (whole, single))
