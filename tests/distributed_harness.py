@@ -47,7 +47,7 @@ PRELOAD = [
     "matplotlib.figure",  # every finished run draws its curves
     "sklearn.datasets",  # where the images of `digits` are
     "s2moe",
-    "tests.frozen",  # last
+    "tests.preloaded",  # last
 ]
 RANK_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from s2moe import output as kept
+import s2moe.output
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _become(action: Callable[[], Any], output: int, errors: int, limit: float) -
                 stream = io.TextIOWrapper(io.FileIO(place, "wb", closefd=False), "utf-8", line_buffering=True)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
-        kept.__dict__.update(_spare=False, _lost=None)  # whatever the test's own process has run before
+        s2moe.output._spare, s2moe.output._lost = False, None  # whatever the test's own process has run before
         action()
         status = 0
     except SystemExit as ended:

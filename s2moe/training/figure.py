@@ -55,15 +55,12 @@ def _curve(
     train, held_out = f"train/{figure}", f"val/{figure}"
     axis.plot([e["step"] for e in training], [e[train] for e in training], lw=1, label="training")
     if validation:
-        label = "validation" if closing is None else "validation, of its first part"
+        last = f"validation: {validation[-1][held_out]:.3f}"
+        label = last if closing is None else "validation, of its first part"
         axis.plot([e["step"] for e in validation], [e[held_out] for e in validation], "o-", ms=4, label=label)
     if closing is not None:
         label = f"validation, all of it: {closing[held_out]:.3f}"
         axis.plot(closing["step"], closing[held_out], "D", ms=6, label=label)
-    elif validation:
-        last = validation[-1]
-        place: dict[str, Any] = {"textcoords": "offset points", "xytext": (-8, 10), "ha": "right"}
-        axis.annotate(f"{last[held_out]:.3f}", (last["step"], last[held_out]), **place)
     length = next(f"{training[-1][name]:,} {name}" for name in ("tokens", "images") if name in training[-1])
     axis.set(title=length, xlabel="step", ylabel=unit)
     lowest, highest = (of(e[train] for e in training) for of in (min, max))

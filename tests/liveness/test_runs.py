@@ -111,7 +111,7 @@ ELSEWHERE: dict[str, str] = {  # the test that looks at a key
     "init.stage": "tests/models/vision/test_mixture_stages.py",
     "checkpoint.resume": "tests/training/test_run.py",
     "logging.sample_prompt": "tests/training/test_report.py",
-    "logging.sample_tokens": "tests/training/test_figures.py",
+    "logging.sample_tokens": "tests/training/test_report.py",
 }
 
 

@@ -155,16 +155,19 @@ def test_the_sample_is_drawn_from_the_models_own_distribution(tmp_path: Path) ->
     assert sample(tmp_path / "hf", corpus, "a b  c   d", 20, 5) == tokenizer.decode(ids[0].numpy())
 
 
-def test_the_closing_sample_continues_the_prompt_of_the_settings(
+def test_the_closing_sample_continues_the_prompt_by_so_many_tokens_as_the_settings_say(
     run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, _ = run
-    prompt = ["logging.sample_prompt=old", "logging.sample_tokens=3"]
-    config = load(RunConfig, directory / "config.yaml", prompt)
     state = SimpleNamespace(step=3, tokens=9, seconds=1.0)
     result: Any = SimpleNamespace(score=1, hf=directory / "hf", state=state, timing=None, directory=directory)
     monkeypatch.setattr(closing, "comparison", lambda *_: "")
-    assert "\n\nsample:\nold" in closing.report(config, result)
+    said = []
+    for tokens in (3, 6):
+        settings = ["logging.sample_prompt=old", f"logging.sample_tokens={tokens}"]
+        said.append(closing.report(load(RunConfig, directory / "config.yaml", settings), result))
+        assert "\n\nsample:\nold" in said[-1]
+    assert said[0] != said[1]
 
 
 def test_whoever_generates_says_what_is_no_padding() -> None:
