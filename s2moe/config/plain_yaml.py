@@ -34,7 +34,7 @@ class PlainLoader(yaml.SafeLoader):
         super().__init__(stream)
         self._open: list[str | None] = []  # anchors of the nodes that are being read
         self._values = 0  # read so far, aliases written out
-        self._sizes: dict[str, int] = {}  # of the nodes with an anchor, likewise
+        self._sizes: dict[str | None, int] = {}  # of the nodes with an anchor, likewise
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
