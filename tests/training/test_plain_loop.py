@@ -11,7 +11,9 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ from s2moe.config import load
 from s2moe.config.run import RunConfig
 from s2moe.data import Corpus, WindowSampler
 from s2moe.moe.routing import RoutingContext
-from s2moe.training.evaluation import Score
+from s2moe.training import language
+from s2moe.training.evaluation import Protocol, Score
 from s2moe.training.language import LanguageJob
 from tests.distributed_harness import run_distributed
 
@@ -89,6 +92,18 @@ def test_a_validation_s_loss_is_of_a_token_and_its_bits_are_of_a_symbol() -> Non
     score = Score(nats=12.0, tokens=4, symbols=3)
     values = LanguageJob.validation_values(cast(LanguageJob, None), score)
     assert values == {"val/bpc": pytest.approx(12 / math.log(2) / 3), "val/loss": 3.0, "val/symbols": 3}
+
+
+@pytest.mark.parametrize(("full", "symbols"), [(True, None), (False, 5)])
+def test_a_validation_is_scored_as_the_settings_say(
+    monkeypatch: pytest.MonkeyPatch, full: bool, symbols: int | None
+) -> None:
+    """A token attends to the length that was trained, however long the windows are."""
+    settings = SimpleNamespace(context=2, segment=3, batch=4, max_symbols=5)
+    model, corpus = SimpleNamespace(max_position_embeddings=6), SimpleNamespace(metadata=SimpleNamespace(vocab_size=7))
+    parts: Any = [SimpleNamespace(evaluation=settings), model, mock.Mock(), mock.Mock(), corpus, torch.device("cpu")]
+    monkeypatch.setattr(language, "evaluate", lambda engine, stream, vocabulary, protocol, device: protocol)
+    assert language.validation_score(*parts, full) == Protocol("sliding", 2, 3, 4, symbols, 6)
 
 
 def plain_loop(config: RunConfig, micro: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
